@@ -1,0 +1,313 @@
+package vmfs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"basalt/block"
+)
+
+// folder is a folder object with its content, under its lock or as a view.
+type folder struct {
+	*Object
+	content *folderContent
+}
+
+// loadFolder decodes the folder's newest header.
+func loadFolder(ctx context.Context, o *Object) (*folder, error) {
+	if o.kind != KindFolder {
+		return nil, ErrNotFolder
+	}
+	h, err := o.Header(ctx)
+	if err != nil {
+		return nil, err
+	}
+	c, err := decodeFolder(h.Payload)
+	if err != nil {
+		return nil, &block.CorruptError{Object: fmt.Sprintf("folder %v", o.ref), OffBytes: objectOff(o.ref.Slot), Reason: err.Error()}
+	}
+	return &folder{o, c}, nil
+}
+
+// openFolder locks a folder for one operation.
+func (v *Volume) openFolder(ctx context.Context, ref Ref) (*folder, error) {
+	o, err := v.Open(ctx, ref, LockExclusive, operation)
+	if err != nil {
+		return nil, err
+	}
+	f, err := loadFolder(ctx, o)
+	if err != nil {
+		return nil, errors.Join(err, o.Close(ctx))
+	}
+	return f, nil
+}
+
+// all reads every entry. On a view, a block that changed under the walk gives
+// errStale.
+func (f *folder) all(ctx context.Context) ([]Entry, error) {
+	out := slices.Clone(f.content.inline)
+	for i := range f.content.blocks {
+		e, err := f.readBlock(ctx, i)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, e...)
+	}
+	return out, nil
+}
+
+func (f *folder) readBlock(ctx context.Context, i int) ([]Entry, error) {
+	p := f.content.blocks[i]
+	b := block.AlignedBuffer(folderBlock)
+	if err := f.v.dev.ReadAt(ctx, b, p.off); err != nil {
+		return nil, fmt.Errorf("read folder %v: %w", f.ref, err)
+	}
+	return decodeBlock(b, f.v.sb.Volume, f.ref, p)
+}
+
+// entries lists a folder without its lock: it walks again when the header changed
+// meanwhile.
+func (v *Volume) entries(ctx context.Context, ref Ref) ([]Entry, error) {
+	var last error
+	for range viewReads {
+		o, err := v.OpenView(ctx, ref)
+		if err != nil {
+			return nil, err
+		}
+		f, err := loadFolder(ctx, o)
+		if err != nil {
+			return nil, err
+		}
+		was := o.header.Sequence
+		out, err := f.all(ctx)
+		if err == nil {
+			return out, nil
+		}
+		last = err
+		if h, herr := o.Header(ctx); herr != nil || h.Sequence == was {
+			return nil, errors.Join(err, herr)
+		}
+	}
+	return nil, last
+}
+
+// add puts an entry in, durably.
+func (f *folder) add(ctx context.Context, e Entry) error {
+	c := f.content
+	if c.entries >= MaxFolderEntries {
+		return fmt.Errorf("%w: it holds %d names", ErrFolderFull, c.entries)
+	}
+	if c.form == formInline {
+		used := entryBytes(e)
+		for _, have := range c.inline {
+			used += entryBytes(have)
+		}
+		next := *c
+		next.entries++
+		if used <= inlineMax {
+			next.inline = append(slices.Clone(c.inline), e)
+			return f.store(ctx, &next)
+		}
+		next.form, next.inline, next.blocks = formBlocks, nil, nil
+		return f.rewrite(ctx, &next, -1, append(slices.Clone(c.inline), e))
+	}
+	for i, p := range c.blocks {
+		if p.used+entryBytes(e) <= blockMax {
+			have, err := f.readBlock(ctx, i)
+			if err != nil {
+				return err
+			}
+			next := *c
+			next.entries++
+			return f.rewrite(ctx, &next, i, append(have, e))
+		}
+	}
+	next := *c
+	next.entries++
+	return f.rewrite(ctx, &next, -1, []Entry{e})
+}
+
+// remove takes the entry of ref with the given name out, durably. It is no error
+// when there is none.
+func (f *folder) remove(ctx context.Context, ref Ref, name string) error {
+	c := f.content
+	match := func(e Entry) bool { return e.Ref == ref && e.Name == name }
+	next := *c
+	if i := slices.IndexFunc(c.inline, match); i >= 0 {
+		next.inline = slices.Delete(slices.Clone(c.inline), i, i+1)
+		next.entries--
+		return f.store(ctx, &next)
+	}
+	for i := range c.blocks {
+		have, err := f.readBlock(ctx, i)
+		if err != nil {
+			return err
+		}
+		if j := slices.IndexFunc(have, match); j >= 0 {
+			next.entries--
+			return f.rewrite(ctx, &next, i, slices.Delete(have, j, j+1))
+		}
+	}
+	return nil
+}
+
+// rewrite replaces block i (-1: none) by blocks that hold the given entries, and
+// stores the content.
+func (f *folder) rewrite(ctx context.Context, next *folderContent, i int, entries []Entry) error {
+	next.blocks = slices.Clone(next.blocks)
+	if i >= 0 {
+		next.blocks = slices.Delete(next.blocks, i, i+1)
+	}
+	var parts [][]Entry
+	for used := blockMax + 1; len(entries) > 0; entries = entries[1:] {
+		if used+entryBytes(entries[0]) > blockMax {
+			parts, used = append(parts, nil), 0
+		}
+		parts[len(parts)-1] = append(parts[len(parts)-1], entries[0])
+		used += entryBytes(entries[0])
+	}
+	if len(next.blocks)+len(parts) > folderBlocks {
+		return fmt.Errorf("%w: its names fill %d blocks", ErrFolderFull, folderBlocks)
+	}
+	free, err := f.freeBlocks(ctx, next, len(parts))
+	if err != nil {
+		return err
+	}
+	for k, part := range parts {
+		b := block.AlignedBuffer(folderBlock)
+		p := encodeBlock(b, f.v.sb.Volume, f.ref, free[k], part)
+		if err := f.v.dev.WriteAt(ctx, b, p.off); err != nil {
+			return fmt.Errorf("write folder %v: %w", f.ref, err)
+		}
+		next.blocks = append(next.blocks, p)
+	}
+	if len(parts) > 0 {
+		if err := f.v.dev.Flush(ctx); err != nil {
+			return fmt.Errorf("write folder %v: %w", f.ref, err)
+		}
+	}
+	return f.store(ctx, next)
+}
+
+// freeBlocks gives the addresses of n blocks in the folder's slabs that neither
+// header copy refers to, so that a header write that was acknowledged and lost
+// leaves the older content whole. It claims slabs into next as needed.
+func (f *folder) freeBlocks(ctx context.Context, next *folderContent, n int) ([]int64, error) {
+	newest, other, _, err := f.readHeaders(ctx)
+	if err != nil {
+		return nil, err
+	}
+	used := map[int64]bool{}
+	for _, h := range []*Header{newest, other} {
+		if h == nil {
+			continue
+		}
+		// A payload that does not decode refers to nothing that could be kept.
+		if c, err := decodeFolder(h.Payload); err == nil {
+			for _, p := range c.blocks {
+				used[p.off] = true
+			}
+		}
+	}
+	var free []int64
+	for {
+		for _, s := range next.slabs {
+			for off := slabOff(s); off < slabOff(s+1) && len(free) < n; off += folderBlock {
+				if !used[off] {
+					free = append(free, off)
+					used[off] = true
+				}
+			}
+		}
+		if len(free) == n {
+			return free, nil
+		}
+		if len(next.slabs) == folderSlabs {
+			return nil, fmt.Errorf("%w: its names fill %d slabs", ErrFolderFull, folderSlabs)
+		}
+		got, err := f.grow(ctx, 1, true)
+		if err != nil {
+			return nil, err
+		}
+		next.slabs = append(slices.Clone(next.slabs), got...)
+	}
+}
+
+// store puts the content into the header, with no intents.
+func (f *folder) store(ctx context.Context, next *folderContent) error {
+	err := f.edit(ctx, func(h *Header) { h.Payload, h.Intents = next.encode(), nil })
+	if err == nil {
+		f.content = next
+	}
+	return err
+}
+
+// grow claims up to n slabs for a file or folder: the intent goes into the header
+// first (R2), and stays there until the caller has stored a payload that names
+// them.
+func (o *Object) grow(ctx context.Context, n int, metadata bool) ([]int64, error) {
+	p, err := o.v.PlanClaim(ctx, n, metadata)
+	if err != nil {
+		return nil, err
+	}
+	if err := o.edit(ctx, func(h *Header) {
+		h.Intents = append(slices.Clone(h.Intents), p.Units...)
+		slices.Sort(h.Intents)
+		h.Intents = slices.Compact(h.Intents)
+	}); err != nil {
+		return nil, err
+	}
+	return o.claim(ctx, p, metadata)
+}
+
+// settleIntents finishes, at an opening under the exclusive lock, the claims of a
+// file or folder that a crash left open: slabs that no header names go back.
+func (o *Object) settleIntents(ctx context.Context) error {
+	if o.LockGeneration() == 0 || (o.kind != KindFile && o.kind != KindFolder) {
+		return nil
+	}
+	h, err := o.Header(ctx)
+	if err != nil || len(h.Intents) == 0 {
+		return err
+	}
+	tagged, err := o.settle(ctx, h.Intents)
+	if err != nil {
+		return err
+	}
+	named, err := namedSlabs(h)
+	if err != nil {
+		return err
+	}
+	leaked := slices.DeleteFunc(tagged, func(s int64) bool { return slices.Contains(named, s) })
+	if err := o.v.unmap(ctx, leaked); err != nil {
+		return err
+	}
+	if err := o.release(ctx, leaked); err != nil {
+		return err
+	}
+	return o.edit(ctx, func(h *Header) { h.Intents = nil })
+}
+
+// namedSlabs lists the slabs that a file's or folder's header names.
+func namedSlabs(h *Header) ([]int64, error) {
+	corrupt := func(err error) error {
+		return &block.CorruptError{Object: fmt.Sprintf("%v %v", h.Kind, h.Self), OffBytes: objectOff(h.Self.Slot), Reason: err.Error()}
+	}
+	switch h.Kind {
+	case KindFolder:
+		c, err := decodeFolder(h.Payload)
+		if err != nil {
+			return nil, corrupt(err)
+		}
+		return c.slabs, nil
+	case KindFile:
+		c, err := decodeFile(h.Payload)
+		if err != nil {
+			return nil, corrupt(err)
+		}
+		return c.slabs(), nil
+	}
+	return nil, nil
+}
