@@ -9,7 +9,7 @@ import (
 	"basalt/lease"
 )
 
-func FuzzRegister(f *testing.F) {
+func FuzzLeaseRegister(f *testing.F) {
 	full := make([]byte, lease.RegisterBytes)
 	lease.Register{
 		Generation: 7, Phase: lease.Kill, BreakerSlot: 3, BreakerGeneration: 2, Server: true, Calls: 9,
@@ -32,7 +32,7 @@ func FuzzRegister(f *testing.F) {
 	})
 }
 
-func FuzzHeartbeat(f *testing.F) {
+func FuzzLeaseHeartbeat(f *testing.F) {
 	volume := [16]byte{1, 2, 3}
 	b := make([]byte, 512)
 	lease.Heartbeat{Generation: 1, Sequence: 2, Nonce: 3, WrittenAt: time.Unix(4, 5)}.Encode(b, volume, 8192)

@@ -57,7 +57,8 @@ func (a Area) place(slot int) unit.Place {
 func (a Area) beatOff(slot int) int64 { return a.HeartbeatOff + int64(slot)*a.StrideBytes }
 
 // Format makes every slot FREE and never claimed. Nobody may use the area
-// meanwhile. It is durable when Format returns nil.
+// meanwhile. It is durable when Format returns nil. All of the area is written, so
+// that a thinly provisioned device has its space from then on.
 func Format(ctx context.Context, dev block.Device, area Area) error {
 	g := dev.Geometry()
 	if err := area.validate(g); err != nil {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 
+	"basalt/block"
 	"basalt/internal/clock"
 )
 
@@ -18,6 +19,7 @@ type beatIO struct {
 // operations in progress have ended.
 func (s *Session) live(ctx context.Context) {
 	defer close(s.ended)
+	defer s.cancelIO()
 	requests, answers := make(chan beatIO, 1), make(chan HolderEvent, 1)
 	workerEnded := make(chan struct{})
 	go func() {
@@ -61,7 +63,7 @@ func (s *Session) perform(io beatIO) HolderEvent {
 }
 
 func (s *Session) writeHeartbeat(io beatIO) error {
-	b := make([]byte, s.raw.Geometry().UnitBytes)
+	b := block.AlignedBuffer(s.raw.Geometry().UnitBytes)
 	off := s.area.beatOff(s.slot)
 	h := Heartbeat{Generation: s.generation, Sequence: io.action.Sequence, Nonce: s.opts.Nonce(), WrittenAt: s.clk.Wall()}
 	h.Encode(b, s.area.Volume, off)
@@ -81,12 +83,12 @@ type beatDriver struct {
 	overdue  clock.Instant      // when the outstanding I/O is given up
 	cancel   context.CancelFunc // of the outstanding I/O; nil when there is none
 	valid    bool               // the lease has been valid before
+	lapsed   bool               // the lease has ended since
 }
 
 func (d *beatDriver) run(ctx context.Context) {
 	s := d.s
 	h := NewHolder(HolderConfig{Generation: s.generation, Claim: s.claim, Lease: s.opts.Lease, Period: s.opts.Period}, s.clk.Now())
-	defer d.giveUp()
 	ev := HolderEvent{Kind: HolderTick}
 	for {
 		for _, a := range h.Step(s.clk.Now(), ev) {
@@ -137,7 +139,12 @@ func (d *beatDriver) act(ctx context.Context, a HolderAction) bool {
 			d.valid = true
 			close(s.first)
 		}
+		if d.lapsed {
+			d.lapsed = false
+			s.log.Info("lease is valid again: I/O goes on")
+		}
 	case LapseLease:
+		d.lapsed = true
 		s.log.Warn("lease has ended: I/O waits until it is renewed")
 	case Called:
 		select {

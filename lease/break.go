@@ -31,7 +31,9 @@ func (s *Session) breakObserved(ctx context.Context, slot int, generation uint32
 		return report
 	}
 	if slot == s.slot && generation == s.generation {
-		panic("lease: a session breaks itself")
+		report.HostName = s.opts.HostName
+		report.Err = &HolderError{Err: ErrAlive, Slot: slot, Generation: generation, HostName: s.opts.HostName, ClaimedAt: s.claimedAt, Offers: s.fencer.Kinds()}
+		return report
 	}
 	if report.Err = s.lockBreak(ctx, slot); report.Err != nil {
 		return report

@@ -23,8 +23,9 @@ import (
 //	        ended: broken ◀──────────────────────── DONE ◀──────────────── finishing
 //
 // Any KILL that is not followed at once by its own author's re-read is taken over
-// only after a full window of one's own. Whatever fails sends the machine back to
-// watching with a new window; it gives up only when its driver does.
+// only after a full window of one's own: a KILL that the window has not seen yet
+// begins it anew. Whatever fails sends the machine back to watching; it gives up
+// only when its driver does.
 //
 // Invariant: DONE is asked for only after this machine's own Fence succeeded, or
 // after a person's word and the drain wait, with KILL in place before.
@@ -35,8 +36,9 @@ type Breaker struct {
 	kill     []byte // the image with our KILL
 	seenKill clock.Instant
 	killer   breaking
-	fenced   bool  // the holder is cut off for good; the clock has no say any more
-	outcome  error // of withdrawing
+	fenced   bool          // the holder is cut off for good; the clock has no say any more
+	lease    time.Duration // that the victim advertises
+	outcome  error         // of withdrawing
 	drained  clock.Instant
 	report   BreakReport
 }
@@ -64,6 +66,7 @@ type BreakReport struct {
 	Silence    time.Duration // observed before KILL
 	Proven     bool          // proven gone, so that no window was needed
 	KillToDone time.Duration // fencing included; 0 when it did not come to DONE
+	ByOther    bool          // it was dead before this break had come to an end
 	Err        error         // nil: the generation is dead
 
 	killedAt clock.Instant
@@ -177,6 +180,7 @@ func (b *Breaker) watch(now clock.Instant, ev BreakerEvent) BreakerAction {
 	r := p.Register
 	switch {
 	case r.Dead(b.cfg.Generation):
+		b.report.ByOther = true
 		return b.end(nil)
 	case r.Generation != b.cfg.Generation:
 		return b.end(fmt.Errorf("lease: slot %d is at generation %d, not yet at %d", b.cfg.Slot, r.Generation, b.cfg.Generation))
@@ -186,13 +190,13 @@ func (b *Breaker) watch(now clock.Instant, ev BreakerEvent) BreakerAction {
 	case b.fenced && r.Phase == Kill:
 		return b.finish(p.Image, r)
 	}
-	b.report.HostName = r.HostName
+	b.report.HostName, b.lease = r.HostName, r.Lease
 	b.noteKill(now, r)
 	proven := ev.Gone || b.fenced
 	if !proven && !b.window.Full(r.Lease) {
 		return b.again(now)
 	}
-	if r.Phase == Kill && now.Sub(b.seenKill) < b.courtesy(r) {
+	if r.Phase == Kill && !b.ours(r) && now.Sub(b.seenKill) < b.courtesy(r) {
 		return b.again(now)
 	}
 	if b.cfg.Drain == 0 && r.Fencers&b.cfg.Kinds == 0 {
@@ -223,12 +227,12 @@ func (b *Breaker) courtesy(r Register) time.Duration {
 
 func (b *Breaker) again(now clock.Instant) BreakerAction {
 	b.state = stateWatching
-	return BreakerAction{Kind: WaitUntil, Until: now.Add(b.cfg.Period)}
+	return BreakerAction{Kind: WaitUntil, Until: b.window.next(now, b.lease)}
 }
 
 func (b *Breaker) killed(now clock.Instant, ev BreakerEvent) BreakerAction {
 	if ev.Err != nil {
-		return b.refused(ev)
+		return b.refused()
 	}
 	b.report.killedAt = now
 	b.kill = ev.Image
@@ -236,13 +240,10 @@ func (b *Breaker) killed(now clock.Instant, ev BreakerEvent) BreakerAction {
 	return BreakerAction{Kind: PollSlot, Resolute: true}
 }
 
-// refused follows a change that was not made. After an unknown outcome the KILL
-// may be there or still come: nobody has re-read the heartbeat after it, so it
-// counts like another's.
-func (b *Breaker) refused(ev BreakerEvent) BreakerAction {
-	if !errors.Is(ev.Err, unit.ErrConflict) && !errors.Is(ev.Err, unit.ErrNotExecuted) {
-		b.window.Restart()
-	}
+// refused follows a change that was not made, or whose outcome is unknown. In the
+// latter case our KILL may be there, or still come, without a re-read after it: it
+// is news to the window like another's.
+func (b *Breaker) refused() BreakerAction {
 	b.state = stateWatching
 	return BreakerAction{Kind: PollSlot}
 }
@@ -257,7 +258,6 @@ func (b *Breaker) ours(r Register) bool {
 func (b *Breaker) reread(now clock.Instant, ev BreakerEvent) BreakerAction {
 	p := ev.Poll
 	if p.Err != nil {
-		b.window.Restart()
 		return b.again(now)
 	}
 	if string(p.Image) != string(b.kill) && !b.ours(p.Register) {
@@ -303,7 +303,7 @@ func (b *Breaker) withdrawn(now clock.Instant, ev BreakerEvent) BreakerAction {
 	case errors.Is(ev.Err, unit.ErrConflict) || errors.Is(ev.Err, unit.ErrNotExecuted):
 		return BreakerAction{Kind: PollSlot, Resolute: true}
 	}
-	return b.refused(ev)
+	return b.refused()
 }
 
 func (b *Breaker) fence(now clock.Instant, err error) BreakerAction {
@@ -335,7 +335,6 @@ func (b *Breaker) drain(now clock.Instant, ev BreakerEvent) BreakerAction {
 	p := ev.Poll
 	switch {
 	case p.Err != nil:
-		b.window.Restart()
 		return b.again(now)
 	case string(p.Image) != string(b.kill) && !b.ours(p.Register):
 		return b.watch(now, ev)
@@ -353,7 +352,7 @@ func (b *Breaker) finish(img []byte, r Register) BreakerAction {
 
 func (b *Breaker) finished(now clock.Instant, ev BreakerEvent) BreakerAction {
 	if ev.Err != nil {
-		return b.refused(ev)
+		return b.refused()
 	}
 	b.report.KillToDone = now.Sub(b.report.killedAt)
 	return b.end(nil)
@@ -367,7 +366,7 @@ func (b *Breaker) end(err error) BreakerAction {
 
 func (b *Breaker) holderError(kind error, r Register, cause error) error {
 	return &HolderError{
-		Err: kind, Slot: b.cfg.Slot, Generation: b.cfg.Generation, HostName: r.HostName,
+		Err: kind, Slot: b.cfg.Slot, Generation: b.cfg.Generation, HostName: r.HostName, ClaimedAt: r.ClaimedAt,
 		Silence: b.window.Silence(), Offers: r.Fencers, Cause: cause,
 	}
 }

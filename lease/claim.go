@@ -14,11 +14,13 @@ import (
 )
 
 // Claim takes a slot of the area (rule R8) and returns once its lease is valid.
-// The session then owns dev; on an error the caller still does.
+// The session then owns dev; on an error the caller still does, though it may be
+// closed if the slot could not be given back.
 //
 // A generation of the same host name that is proven gone is broken on the way. A
 // server also breaks an earlier server of its name, watching it for a full
-// window; if that one is alive, Claim returns ErrNameInUse. Two servers of one
+// window; if that one is alive, Claim returns ErrNameInUse, and ErrUnfenced if it
+// is silent and cannot be cut off. Two servers of one
 // name that start at the same moment may both be refused. On a device without
 // compare-and-write among hosts every other holder must be dead, else
 // ErrNotShared. ErrNoSlot: all slots are taken by holders that cannot be broken.

@@ -35,13 +35,14 @@ type HolderError struct {
 	Slot       int
 	Generation uint32
 	HostName   string
+	ClaimedAt  time.Time        // by the holder's wall clock
 	Silence    time.Duration    // how long it was seen to be silent
 	Offers     block.FenceKinds // fencing methods that the holder advertises
 	Cause      error            // of the fencer; may be nil
 }
 
 func (e *HolderError) Error() string {
-	who := fmt.Sprintf("host %q (slot %d, generation %d)", e.HostName, e.Slot, e.Generation)
+	who := fmt.Sprintf("host %q (slot %d, generation %d, since %s)", e.HostName, e.Slot, e.Generation, e.ClaimedAt.Format(time.RFC3339))
 	if e.Err == ErrAlive {
 		return fmt.Sprintf("%v: %s", e.Err, who)
 	}

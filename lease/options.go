@@ -23,8 +23,12 @@ type Options struct {
 	IOBudget time.Duration // a heartbeat's I/O is given up after this; default Lease/2
 	Drain    time.Duration // ConfirmDown waits this long for late writes; default 10 s
 
-	Nonce   func() uint64     // random numbers; default crypto/rand
-	OnBreak func(BreakReport) // called after each break that Watch has tried; may be nil
+	// Nonce returns random numbers, to several goroutines at once; default
+	// crypto/rand.
+	Nonce func() uint64
+	// OnBreak is called after each break that Watch has tried, from a goroutine for
+	// each; may be nil.
+	OnBreak func(BreakReport)
 }
 
 // Lengths of leases. A shorter lease finds a dead host sooner and takes a slow

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"time"
 
 	"basalt/block"
 	"basalt/block/unit"
@@ -13,12 +14,14 @@ import (
 )
 
 // Session is one generation of one slot, from Claim to Close or until it is lost.
-// It owns the device that Claim was given.
+// It owns the device that Claim was given. Its methods may be called at once from
+// several goroutines.
 type Session struct {
 	peer
 	slot       int
 	generation uint32
 	claim      uint64
+	claimedAt  time.Time
 	device     *gated
 	calls      chan struct{}
 	first      chan struct{} // closed when the lease is valid for the first time
@@ -26,6 +29,7 @@ type Session struct {
 	stop       chan struct{} // closed to end the heartbeats
 	stopOnce   sync.Once
 	ended      chan struct{} // closed when no goroutine of the session is left
+	cancelIO   context.CancelFunc
 
 	mu        sync.Mutex // guards what follows
 	err       error      // why lost
@@ -46,7 +50,7 @@ type peer struct {
 
 func newSession(ctx context.Context, p peer, slot int, reg Register) *Session {
 	s := &Session{
-		peer: p, slot: slot, generation: reg.Generation, claim: reg.Claim,
+		peer: p, slot: slot, generation: reg.Generation, claim: reg.Claim, claimedAt: reg.ClaimedAt,
 		device:   &gated{raw: p.raw, gate: newGate(p.clk)},
 		calls:    make(chan struct{}, 1),
 		first:    make(chan struct{}),
@@ -56,7 +60,8 @@ func newSession(ctx context.Context, p peer, slot int, reg Register) *Session {
 		breaking: make(map[int]chan struct{}),
 	}
 	s.log = p.log.With("slot", slot, "generation", reg.Generation)
-	go s.live(context.WithoutCancel(ctx))
+	ctx, s.cancelIO = context.WithCancel(context.WithoutCancel(ctx))
+	go s.live(ctx)
 	return s
 }
 
@@ -102,6 +107,7 @@ func (s *Session) abandon(err error) {
 	late := s.quiet
 	s.mu.Unlock()
 	s.stopBeating()
+	s.cancelIO()
 	if late {
 		<-s.ended
 	}
@@ -163,7 +169,7 @@ func isChanged(err error) bool {
 	return errors.Is(err, unit.ErrConflict) || errors.Is(err, unit.ErrNotExecuted)
 }
 
-// Close gives the slot back: it refuses new I/O, waits for the I/O in progress,
+// Close, which is called once, gives the slot back: it refuses new I/O, waits for the I/O in progress,
 // turns the register FREE and closes the device. If ctx ends first the generation
 // is abandoned instead: the register stays LIVE for others to break, and the
 // device is closed once its I/O has ended. It returns ErrLost when the generation

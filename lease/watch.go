@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"sync"
+	"time"
 
 	"basalt/block"
 )
@@ -19,8 +20,9 @@ const (
 
 // Watch breaks the holders that die among the next live slots after the
 // session's own, so that each is watched by several servers and no server reads
-// all heartbeats. It reports every attempt to Options.OnBreak and the log, and
-// returns when ctx ends or the session is lost or closed.
+// all heartbeats. It reports every attempt to Options.OnBreak and the log, but for
+// those that another server was faster with, and returns when ctx ends or the
+// session is lost or closed.
 func (s *Session) Watch(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	w := &watcher{s: s, watched: make(map[int]*watched)}
@@ -37,7 +39,7 @@ func (s *Session) Watch(ctx context.Context) error {
 				return err
 			}
 		}
-		timer := s.clk.NewTimer(s.opts.Period)
+		timer := s.clk.NewTimer(w.pause())
 		select {
 		case <-timer.C:
 		case <-s.lost:
@@ -48,6 +50,18 @@ func (s *Session) Watch(ctx context.Context) error {
 			return ctx.Err()
 		}
 	}
+}
+
+// pause is how long until the next look at the neighbours.
+func (w *watcher) pause() time.Duration {
+	now := w.s.clk.Now()
+	at := now.Add(w.s.opts.Period)
+	for _, n := range w.watched {
+		if n.busy == nil {
+			at = min(at, n.window.next(now, n.lease))
+		}
+	}
+	return at.Sub(now)
 }
 
 // isOver tells the errors after which there is nothing left to watch with.
@@ -66,6 +80,7 @@ type watcher struct {
 
 type watched struct {
 	generation uint32
+	lease      time.Duration // that it advertises
 	window     Window
 	busy       chan BreakReport // receives the end of a break that runs; nil when none does
 	stuck      bool             // a break failed: it does not count as a neighbour
@@ -89,7 +104,7 @@ func (w *watcher) scan(ctx context.Context) error {
 		}
 		n := w.watched[v.Slot]
 		if n == nil || n.generation != v.Register.Generation {
-			n = &watched{generation: v.Register.Generation, window: Window{Period: s.opts.Period}}
+			n = &watched{generation: v.Register.Generation, lease: v.Register.Lease, window: Window{Period: s.opts.Period}}
 		}
 		next[v.Slot] = n
 		w.order = append(w.order, v.Slot)
@@ -130,7 +145,9 @@ func (w *watcher) look(ctx context.Context, slot int) error {
 	seen, again := n.window, n.stuck
 	w.breaks.Go(func() {
 		report := s.breakObserved(ctx, slot, n.generation, 0, seen)
-		s.tell(report, again)
+		if !report.ByOther {
+			s.tell(report, again)
+		}
 		n.busy <- report
 	})
 	return nil

@@ -90,9 +90,6 @@ func (w *Window) Observe(p Poll) (alive bool) {
 	return alive
 }
 
-// Restart begins the window anew; what the last heartbeat was is not forgotten.
-func (w *Window) Restart() { w.running = false }
-
 // Silence is how long the holder is known to have been silent.
 func (w *Window) Silence() time.Duration {
 	if !w.running || w.issued < w.from {
@@ -105,6 +102,16 @@ func (w *Window) Silence() time.Duration {
 // advertises the given lease: its clock may run 1 % slower than ours.
 func (w *Window) Full(lease time.Duration) bool {
 	return w.running && w.Silence() >= windowOf(lease)
+}
+
+// next is when the next poll is due: after a period, or as soon as it would find
+// the window full.
+func (w *Window) next(now clock.Instant, lease time.Duration) clock.Instant {
+	at := now.Add(w.Period)
+	if full := w.from.Add(windowOf(lease)); w.running && full > now {
+		return min(at, full)
+	}
+	return at
 }
 
 func windowOf(lease time.Duration) time.Duration { return lease + (lease+99)/100 }

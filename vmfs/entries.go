@@ -2,8 +2,10 @@ package vmfs
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"hash/crc32"
+	"slices"
 	"strings"
 	"unicode/utf8"
 
@@ -118,8 +120,8 @@ type folderBlockPtr struct {
 	entries int
 }
 
-// folderContent is a decoded folder payload.
-type folderContent struct {
+// FolderContent is a decoded folder payload.
+type FolderContent struct {
 	form    byte
 	inline  []Entry // form 1
 	entries int     // in all
@@ -127,7 +129,8 @@ type folderContent struct {
 	blocks  []folderBlockPtr // form 2
 }
 
-func (c *folderContent) encode() []byte {
+// Encode returns the payload.
+func (c *FolderContent) Encode() []byte {
 	le := binary.LittleEndian
 	b := make([]byte, folderHead, MaxPayload)
 	b[0] = c.form
@@ -153,22 +156,13 @@ func (c *folderContent) encode() []byte {
 	return b
 }
 
-// DecodeFolder checks a folder's payload against the fuzzed and the damaged; the
-// volume's own code goes through decodeFolder.
-func DecodeFolder(b []byte) ([]Entry, error) {
-	c, err := decodeFolder(b)
-	if err != nil {
-		return nil, err
-	}
-	return c.inline, nil
-}
-
-func decodeFolder(b []byte) (*folderContent, error) {
+// DecodeFolder reads a folder's payload.
+func DecodeFolder(b []byte) (*FolderContent, error) {
 	if len(b) < folderHead {
 		return nil, fmt.Errorf("folder content of %d bytes", len(b))
 	}
 	le := binary.LittleEndian
-	c := &folderContent{form: b[0], entries: int(le.Uint32(b[4:]))}
+	c := &FolderContent{form: b[0], entries: int(le.Uint32(b[4:]))}
 	slabs, blocks, inline := int(le.Uint16(b[8:])), int(le.Uint16(b[10:])), int(le.Uint32(b[12:]))
 	if slabs > folderSlabs || c.entries > MaxFolderEntries {
 		return nil, fmt.Errorf("folder of %d slabs and %d entries", slabs, c.entries)
@@ -176,35 +170,46 @@ func decodeFolder(b []byte) (*folderContent, error) {
 	for i := range slabs {
 		c.slabs = append(c.slabs, int64(le.Uint32(b[16+4*i:])))
 	}
+	if !isZero(b[1:4]) || !isZero(b[16+4*slabs:folderHead]) {
+		return nil, errors.New("reserved bytes are not zero")
+	}
 	rest := b[folderHead:]
 	switch c.form {
 	case formInline:
-		if inline > len(rest) {
-			return nil, fmt.Errorf("%d bytes of entries in %d", inline, len(rest))
+		if inline != len(rest) || blocks != 0 {
+			return nil, fmt.Errorf("%d bytes of entries in %d, and %d blocks", inline, len(rest), blocks)
 		}
 		var err error
-		c.inline, err = decodeEntries(rest[:inline], c.entries)
+		c.inline, err = decodeEntries(rest, c.entries)
 		return c, err
 	case formBlocks:
-		if blocks > folderBlocks || blocks*blockPtr > len(rest) {
-			return nil, fmt.Errorf("%d blocks", blocks)
+		if inline != 0 || blocks > folderBlocks || blocks*blockPtr != len(rest) {
+			return nil, fmt.Errorf("%d blocks and %d bytes of entries in %d bytes", blocks, inline, len(rest))
 		}
-		total := 0
-		for i := range blocks {
-			p := rest[i*blockPtr:]
-			f := folderBlockPtr{int64(le.Uint64(p)), le.Uint32(p[8:]), int(le.Uint16(p[12:])), int(le.Uint16(p[14:]))}
-			if f.used > blockMax || f.off < GroupsOff || f.off%folderBlock != 0 {
-				return nil, fmt.Errorf("block %d: %d bytes at %d", i, f.used, f.off)
-			}
-			total += f.entries
-			c.blocks = append(c.blocks, f)
-		}
-		if total != c.entries {
-			return nil, fmt.Errorf("%d entries in blocks, %d in all", total, c.entries)
-		}
-		return c, nil
+		return c, c.decodePointers(rest)
 	}
 	return nil, fmt.Errorf("folder content of form %d", c.form)
+}
+
+// decodePointers reads the block pointers that fill b. Each lies in one of the
+// folder's slabs, and no two are the same.
+func (c *FolderContent) decodePointers(b []byte) error {
+	le := binary.LittleEndian
+	seen := map[int64]bool{}
+	total := 0
+	for p := b; len(p) > 0; p = p[blockPtr:] {
+		f := folderBlockPtr{int64(le.Uint64(p)), le.Uint32(p[8:]), int(le.Uint16(p[12:])), int(le.Uint16(p[14:]))}
+		if f.used > blockMax || f.off < GroupsOff || f.off%folderBlock != 0 || seen[f.off] || !slices.Contains(c.slabs, SlabAt(f.off)) {
+			return fmt.Errorf("block %d: %d bytes at %d", len(c.blocks), f.used, f.off)
+		}
+		seen[f.off] = true
+		total += f.entries
+		c.blocks = append(c.blocks, f)
+	}
+	if total != c.entries {
+		return fmt.Errorf("%d entries in blocks, %d in all", total, c.entries)
+	}
+	return nil
 }
 
 // encodeBlock fills b, one zeroed folder block for offBytes, and returns its pointer.

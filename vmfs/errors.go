@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"time"
+
+	"basalt/block"
 )
 
 // Errors that callers decide on. Damage is a *block.CorruptError.
@@ -55,4 +57,10 @@ func (e *HeldError) Unwrap() []error {
 		return []error{ErrHeld}
 	}
 	return []error{ErrHeld, e.Cause}
+}
+
+// isDamage tells a record that cannot be trusted from a device that cannot be read.
+func isDamage(err error) bool {
+	_, ok := errors.AsType[*block.CorruptError](err)
+	return ok
 }

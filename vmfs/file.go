@@ -29,13 +29,15 @@ const (
 
 type slabRun struct{ first, count int64 }
 
-type fileContent struct {
+// FileContent is a decoded file payload.
+type FileContent struct {
 	form   byte
 	inline []byte
 	runs   []slabRun
 }
 
-func (c *fileContent) encode() []byte {
+// Encode returns the payload.
+func (c *FileContent) Encode() []byte {
 	le := binary.LittleEndian
 	b := make([]byte, fileHead, MaxPayload)
 	b[0] = c.form
@@ -51,21 +53,25 @@ func (c *fileContent) encode() []byte {
 	return b
 }
 
-func decodeFile(b []byte) (*fileContent, error) {
+// DecodeFile reads a file's payload.
+func DecodeFile(b []byte) (*FileContent, error) {
 	if len(b) < fileHead {
 		return nil, fmt.Errorf("file content of %d bytes", len(b))
 	}
 	le := binary.LittleEndian
-	c, n, rest := &fileContent{form: b[0]}, int64(le.Uint32(b[4:])), b[fileHead:]
+	c, n, rest := &FileContent{form: b[0]}, int64(le.Uint32(b[4:])), b[fileHead:]
+	if !isZero(b[1:4]) {
+		return nil, errors.New("reserved bytes are not zero")
+	}
 	switch c.form {
 	case fileInline:
-		if n > int64(len(rest)) {
+		if n != int64(len(rest)) {
 			return nil, fmt.Errorf("%d bytes of content in %d", n, len(rest))
 		}
-		c.inline = rest[:n]
+		c.inline = rest
 	case fileSlabs:
-		if n > fileRuns || n*8 > int64(len(rest)) {
-			return nil, fmt.Errorf("%d runs", n)
+		if n > fileRuns || n*8 != int64(len(rest)) {
+			return nil, fmt.Errorf("%d runs in %d bytes", n, len(rest))
 		}
 		var total int64
 		for i := range n {
@@ -82,7 +88,26 @@ func decodeFile(b []byte) (*fileContent, error) {
 	return c, nil
 }
 
-func (c *fileContent) slabs() []int64 {
+// fileContent decodes a file's header and checks it against the volume.
+func (o *Object) fileContent(h *Header) (*FileContent, error) {
+	c, err := DecodeFile(h.Payload)
+	if err != nil {
+		return nil, o.corrupt("%v", err)
+	}
+	var slabs int64
+	for _, r := range c.runs {
+		slabs += r.count
+		if r.first+r.count > o.v.geo.slabs() {
+			return nil, o.corrupt("names slab %d of %d", r.first+r.count-1, o.v.geo.slabs())
+		}
+	}
+	if c.form == fileInline && h.SizeBytes != int64(len(c.inline)) || c.form == fileSlabs && h.SizeBytes > slabs*SlabBytes {
+		return nil, o.corrupt("%d bytes are more than its content", h.SizeBytes)
+	}
+	return c, nil
+}
+
+func (c *FileContent) slabs() []int64 {
 	var out []int64
 	for _, r := range c.runs {
 		for s := r.first; s < r.first+r.count; s++ {
@@ -93,7 +118,7 @@ func (c *fileContent) slabs() []int64 {
 }
 
 // append adds a slab at the end.
-func (c *fileContent) append(slab int64) error {
+func (c *FileContent) append(slab int64) error {
 	if n := len(c.runs); n > 0 && c.runs[n-1].first+c.runs[n-1].count == slab {
 		c.runs[n-1].count++
 		return nil
@@ -108,33 +133,80 @@ func (c *fileContent) append(slab int64) error {
 // putSlabs is how many slabs a growing file claims at once.
 const putSlabs = 16
 
-// Put creates a file with the content of r. progress, if set, is called with the
-// bytes written so far. On an error nothing is left of it.
+// Put creates a file with the content of r, whole or not at all: nobody sees it
+// before it is complete. progress, if set, is called with the bytes written so far.
+// The folder is not locked while the content is copied; when another object takes
+// the name meanwhile, Put returns ErrExists.
 func (v *Volume) Put(ctx context.Context, path string, r io.Reader, progress func(int64)) error {
-	empty := fileContent{form: fileInline}
-	o, err := v.Create(ctx, path, New{Kind: KindFile, Payload: empty.encode()})
+	if v.session == nil {
+		return ErrReadOnly
+	}
+	parent, name, err := v.parentOf(ctx, path)
 	if err != nil {
 		return err
 	}
-	if err := o.fill(ctx, r, progress); err != nil {
-		return errors.Join(err, o.Close(ctx), v.Remove(context.WithoutCancel(ctx), path))
+	o, err := v.begin(ctx, parent, name)
+	if err != nil {
+		return err
 	}
-	return o.Close(ctx)
+	end := v.complete
+	if err = o.fill(ctx, r, progress); err != nil {
+		end = v.undo
+	}
+	return errors.Join(err, v.endPut(context.WithoutCancel(ctx), o, parent, name, end), o.Close(ctx))
+}
+
+// begin makes an empty file that nobody sees yet.
+func (v *Volume) begin(ctx context.Context, parent Ref, name string) (*Object, error) {
+	f, err := v.openFolder(ctx, parent)
+	if err != nil {
+		return nil, err
+	}
+	empty := FileContent{form: fileInline}
+	o, err := v.beginIn(ctx, f, name, New{Kind: KindFile, Payload: empty.Encode()})
+	if cerr := f.Close(ctx); cerr != nil && o != nil {
+		return nil, errors.Join(cerr, v.bury(ctx, o), o.Close(ctx))
+	}
+	return o, err
+}
+
+// endPut locks the folder again for the end of a Put.
+func (v *Volume) endPut(ctx context.Context, o *Object, parent Ref, name string, end func(context.Context, *Object, *folder, string) error) error {
+	f, err := v.openFolder(ctx, parent)
+	if err != nil {
+		return errors.Join(err, v.bury(ctx, o))
+	}
+	return errors.Join(end(ctx, o, f, name), f.Close(ctx))
+}
+
+// complete makes a file that has its content LIVE, unless its name was taken.
+func (v *Volume) complete(ctx context.Context, o *Object, f *folder, name string) error {
+	_, err := v.vacant(ctx, f, name)
+	if err == nil {
+		err = v.enliven(ctx, o)
+	}
+	if err != nil {
+		err = errors.Join(err, v.undo(ctx, o, f, name))
+	}
+	return err
 }
 
 func (o *Object) fill(ctx context.Context, r io.Reader, progress func(int64)) error {
 	buf := block.AlignedBuffer(SlabBytes)
-	c := fileContent{form: fileSlabs}
+	c := FileContent{form: fileSlabs}
 	var size int64
 	var ready []int64 // claimed, not yet written
 	for {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
 		n, err := io.ReadFull(r, buf)
 		if err != nil && err != io.ErrUnexpectedEOF && err != io.EOF {
 			return fmt.Errorf("read the content: %w", err)
 		}
 		last := err != nil
 		if last && size == 0 && n <= fileInlineMax {
-			c = fileContent{form: fileInline, inline: append([]byte(nil), buf[:n]...)}
+			c = FileContent{form: fileInline, inline: append([]byte(nil), buf[:n]...)}
 			size = int64(n)
 			break
 		}
@@ -145,7 +217,8 @@ func (o *Object) fill(ctx context.Context, r io.Reader, progress func(int64)) er
 					return err
 				}
 			}
-			if err := o.v.dev.WriteAt(ctx, buf, slabOff(ready[0])); err != nil {
+			// Not with ctx: no write may be on its way when the slab is given back.
+			if err := o.v.dev.WriteAt(context.WithoutCancel(ctx), buf, SlabOff(ready[0])); err != nil {
 				return fmt.Errorf("write the content: %w", err)
 			}
 			ready = ready[1:]
@@ -164,11 +237,11 @@ func (o *Object) fill(ctx context.Context, r io.Reader, progress func(int64)) er
 	if err := o.v.dev.Flush(ctx); err != nil {
 		return fmt.Errorf("write the content: %w", err)
 	}
-	return o.edit(ctx, func(h *Header) { h.SizeBytes, h.Payload, h.Intents = size, c.encode(), nil })
+	return o.edit(ctx, func(h *Header) { h.SizeBytes, h.Payload, h.Intents = size, c.Encode(), nil })
 }
 
 // growFile claims slabs and names them in the header, so that its intents stay few.
-func (o *Object) growFile(ctx context.Context, c *fileContent) ([]int64, error) {
+func (o *Object) growFile(ctx context.Context, c *FileContent) ([]int64, error) {
 	got, err := o.grow(ctx, putSlabs, false)
 	if err != nil {
 		return nil, err
@@ -181,12 +254,12 @@ func (o *Object) growFile(ctx context.Context, c *fileContent) ([]int64, error) 
 			return nil, err
 		}
 	}
-	return got, o.edit(ctx, func(h *Header) { h.Payload, h.Intents = c.encode(), nil })
+	return got, o.edit(ctx, func(h *Header) { h.Payload, h.Intents = c.Encode(), nil })
 }
 
 // trim takes the slabs that were not needed off the end of the content; the next
 // header has them as an intent, so that a crash does not leak them.
-func (o *Object) trim(ctx context.Context, c *fileContent, spare []int64) error {
+func (o *Object) trim(ctx context.Context, c *FileContent, spare []int64) error {
 	if len(spare) == 0 {
 		return nil
 	}
@@ -199,7 +272,7 @@ func (o *Object) trim(ctx context.Context, c *fileContent, spare []int64) error 
 		}
 	}
 	if err := o.edit(ctx, func(h *Header) {
-		h.Payload, h.Intents = c.encode(), nil
+		h.Payload, h.Intents = c.Encode(), nil
 		for _, s := range spare {
 			u, _ := o.v.geo.unitOfSlab(s)
 			if n := len(h.Intents); n == 0 || h.Intents[n-1] != u {
@@ -209,7 +282,7 @@ func (o *Object) trim(ctx context.Context, c *fileContent, spare []int64) error 
 	}); err != nil {
 		return err
 	}
-	return o.release(ctx, spare)
+	return o.Release(ctx, spare)
 }
 
 // Get copies a file's content to w, under the shared lock.
@@ -237,9 +310,9 @@ func (o *Object) copyTo(ctx context.Context, w io.Writer, progress func(int64)) 
 	if err != nil {
 		return err
 	}
-	c, err := decodeFile(h.Payload)
+	c, err := o.fileContent(h)
 	if err != nil {
-		return &block.CorruptError{Object: fmt.Sprintf("file %v", o.ref), OffBytes: objectOff(o.ref.Slot), Reason: err.Error()}
+		return err
 	}
 	if c.form == fileInline {
 		_, err := w.Write(c.inline)
@@ -248,10 +321,13 @@ func (o *Object) copyTo(ctx context.Context, w io.Writer, progress func(int64)) 
 	buf := block.AlignedBuffer(SlabBytes)
 	var done int64
 	for _, s := range c.slabs() {
-		if err := o.v.dev.ReadAt(ctx, buf, slabOff(s)); err != nil {
+		if err := o.v.dev.ReadAt(ctx, buf, SlabOff(s)); err != nil {
 			return fmt.Errorf("read the content: %w", err)
 		}
 		n := min(SlabBytes, h.SizeBytes-done)
+		if n == 0 {
+			break
+		}
 		if _, err := w.Write(buf[:n]); err != nil {
 			return err
 		}

@@ -12,7 +12,7 @@ import (
 // folder is a folder object with its content, under its lock or as a view.
 type folder struct {
 	*Object
-	content *folderContent
+	content *FolderContent
 }
 
 // loadFolder decodes the folder's newest header.
@@ -24,9 +24,12 @@ func loadFolder(ctx context.Context, o *Object) (*folder, error) {
 	if err != nil {
 		return nil, err
 	}
-	c, err := decodeFolder(h.Payload)
+	c, err := DecodeFolder(h.Payload)
 	if err != nil {
-		return nil, &block.CorruptError{Object: fmt.Sprintf("folder %v", o.ref), OffBytes: objectOff(o.ref.Slot), Reason: err.Error()}
+		return nil, o.corrupt("%v", err)
+	}
+	if err := o.checkSlabs(c.slabs); err != nil {
+		return nil, err
 	}
 	return &folder{o, c}, nil
 }
@@ -45,7 +48,7 @@ func (v *Volume) openFolder(ctx context.Context, ref Ref) (*folder, error) {
 }
 
 // all reads every entry. On a view, a block that changed under the walk gives
-// errStale.
+// an error.
 func (f *folder) all(ctx context.Context) ([]Entry, error) {
 	out := slices.Clone(f.content.inline)
 	for i := range f.content.blocks {
@@ -68,7 +71,7 @@ func (f *folder) readBlock(ctx context.Context, i int) ([]Entry, error) {
 }
 
 // entries lists a folder without its lock: it walks again when the header changed
-// meanwhile.
+// meanwhile, and takes the lock when that happens too often.
 func (v *Volume) entries(ctx context.Context, ref Ref) ([]Entry, error) {
 	var last error
 	for range viewReads {
@@ -90,7 +93,15 @@ func (v *Volume) entries(ctx context.Context, ref Ref) ([]Entry, error) {
 			return nil, errors.Join(err, herr)
 		}
 	}
-	return nil, last
+	if v.session == nil {
+		return nil, last
+	}
+	f, err := v.openFolder(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	out, err := f.all(ctx)
+	return out, errors.Join(err, f.Close(ctx))
 }
 
 // add puts an entry in, durably.
@@ -155,7 +166,7 @@ func (f *folder) remove(ctx context.Context, ref Ref, name string) error {
 
 // rewrite replaces block i (-1: none) by blocks that hold the given entries, and
 // stores the content.
-func (f *folder) rewrite(ctx context.Context, next *folderContent, i int, entries []Entry) error {
+func (f *folder) rewrite(ctx context.Context, next *FolderContent, i int, entries []Entry) error {
 	next.blocks = slices.Clone(next.blocks)
 	if i >= 0 {
 		next.blocks = slices.Delete(next.blocks, i, i+1)
@@ -178,7 +189,7 @@ func (f *folder) rewrite(ctx context.Context, next *folderContent, i int, entrie
 	for k, part := range parts {
 		b := block.AlignedBuffer(folderBlock)
 		p := encodeBlock(b, f.v.sb.Volume, f.ref, free[k], part)
-		if err := f.v.dev.WriteAt(ctx, b, p.off); err != nil {
+		if err := f.v.dev.WriteAt(context.WithoutCancel(ctx), b, p.off); err != nil {
 			return fmt.Errorf("write folder %v: %w", f.ref, err)
 		}
 		next.blocks = append(next.blocks, p)
@@ -194,18 +205,24 @@ func (f *folder) rewrite(ctx context.Context, next *folderContent, i int, entrie
 // freeBlocks gives the addresses of n blocks in the folder's slabs that neither
 // header copy refers to, so that a header write that was acknowledged and lost
 // leaves the older content whole. It claims slabs into next as needed.
-func (f *folder) freeBlocks(ctx context.Context, next *folderContent, n int) ([]int64, error) {
+func (f *folder) freeBlocks(ctx context.Context, next *FolderContent, n int) ([]int64, error) {
 	newest, other, _, err := f.readHeaders(ctx)
 	if err != nil {
 		return nil, err
 	}
 	used := map[int64]bool{}
+	// What this handle has written counts too: the media may lack it.
+	for _, c := range []*FolderContent{f.content, next} {
+		for _, p := range c.blocks {
+			used[p.off] = true
+		}
+	}
 	for _, h := range []*Header{newest, other} {
 		if h == nil {
 			continue
 		}
 		// A payload that does not decode refers to nothing that could be kept.
-		if c, err := decodeFolder(h.Payload); err == nil {
+		if c, err := DecodeFolder(h.Payload); err == nil {
 			for _, p := range c.blocks {
 				used[p.off] = true
 			}
@@ -214,7 +231,7 @@ func (f *folder) freeBlocks(ctx context.Context, next *folderContent, n int) ([]
 	var free []int64
 	for {
 		for _, s := range next.slabs {
-			for off := slabOff(s); off < slabOff(s+1) && len(free) < n; off += folderBlock {
+			for off := SlabOff(s); off < SlabOff(s+1) && len(free) < n; off += folderBlock {
 				if !used[off] {
 					free = append(free, off)
 					used[off] = true
@@ -231,13 +248,16 @@ func (f *folder) freeBlocks(ctx context.Context, next *folderContent, n int) ([]
 		if err != nil {
 			return nil, err
 		}
+		if len(got) == 0 {
+			return nil, ErrNoSpace // others were faster
+		}
 		next.slabs = append(slices.Clone(next.slabs), got...)
 	}
 }
 
 // store puts the content into the header, with no intents.
-func (f *folder) store(ctx context.Context, next *folderContent) error {
-	err := f.edit(ctx, func(h *Header) { h.Payload, h.Intents = next.encode(), nil })
+func (f *folder) store(ctx context.Context, next *FolderContent) error {
+	err := f.edit(ctx, func(h *Header) { h.Payload, h.Intents = next.Encode(), nil })
 	if err == nil {
 		f.content = next
 	}
@@ -259,7 +279,7 @@ func (o *Object) grow(ctx context.Context, n int, metadata bool) ([]int64, error
 	}); err != nil {
 		return nil, err
 	}
-	return o.claim(ctx, p, metadata)
+	return o.Claim(ctx, p, metadata)
 }
 
 // settleIntents finishes, at an opening under the exclusive lock, the claims of a
@@ -272,11 +292,11 @@ func (o *Object) settleIntents(ctx context.Context) error {
 	if err != nil || len(h.Intents) == 0 {
 		return err
 	}
-	tagged, err := o.settle(ctx, h.Intents)
+	tagged, err := o.Settle(ctx, h.Intents)
 	if err != nil {
 		return err
 	}
-	named, err := namedSlabs(h)
+	named, err := o.namedSlabs(h)
 	if err != nil {
 		return err
 	}
@@ -284,30 +304,41 @@ func (o *Object) settleIntents(ctx context.Context) error {
 	if err := o.v.unmap(ctx, leaked); err != nil {
 		return err
 	}
-	if err := o.release(ctx, leaked); err != nil {
+	if err := o.Release(ctx, leaked); err != nil {
 		return err
 	}
 	return o.edit(ctx, func(h *Header) { h.Intents = nil })
 }
 
 // namedSlabs lists the slabs that a file's or folder's header names.
-func namedSlabs(h *Header) ([]int64, error) {
-	corrupt := func(err error) error {
-		return &block.CorruptError{Object: fmt.Sprintf("%v %v", h.Kind, h.Self), OffBytes: objectOff(h.Self.Slot), Reason: err.Error()}
-	}
-	switch h.Kind {
+func (o *Object) namedSlabs(h *Header) ([]int64, error) {
+	switch o.kind {
 	case KindFolder:
-		c, err := decodeFolder(h.Payload)
+		c, err := DecodeFolder(h.Payload)
 		if err != nil {
-			return nil, corrupt(err)
+			return nil, o.corrupt("%v", err)
 		}
 		return c.slabs, nil
 	case KindFile:
-		c, err := decodeFile(h.Payload)
+		c, err := o.fileContent(h)
 		if err != nil {
-			return nil, corrupt(err)
+			return nil, err
 		}
 		return c.slabs(), nil
 	}
 	return nil, nil
+}
+
+func (o *Object) corrupt(format string, args ...any) error {
+	return &block.CorruptError{Object: fmt.Sprintf("%v %v", o.kind, o.ref), OffBytes: objectOff(o.ref.Slot), Reason: fmt.Sprintf(format, args...)}
+}
+
+// checkSlabs refuses slab numbers that the volume does not have.
+func (o *Object) checkSlabs(slabs []int64) error {
+	for _, s := range slabs {
+		if s < 0 || s >= o.v.geo.slabs() {
+			return o.corrupt("names slab %d of %d", s, o.v.geo.slabs())
+		}
+	}
+	return nil
 }

@@ -145,11 +145,11 @@ func (f *formatter) objects() error {
 	if err := initTablePart(f.ctx, f.dev, f.sb.Volume, f.geo, 0, f.opts.Nonce); err != nil {
 		return err
 	}
-	empty := folderContent{form: formInline}
+	empty := FolderContent{form: formInline}
 	off := objectOff(rootSlot) + headerAOff
-	h := Header{Sequence: 1, Self: rootRef, Kind: KindFolder, Created: f.sb.Created, Modified: f.sb.Created, Payload: empty.encode()}
+	h := Header{Sequence: 1, Self: rootRef, Kind: KindFolder, Created: f.sb.Created, Modified: f.sb.Created, Payload: empty.Encode()}
 	b := block.AlignedBuffer(HeaderBytes)
-	h.encode(b, f.sb.Volume, off)
+	h.Encode(b, f.sb.Volume, off)
 	if err := f.dev.WriteAt(f.ctx, b, off); err != nil {
 		return err
 	}
@@ -158,7 +158,7 @@ func (f *formatter) objects() error {
 		rootSlot:   {State: StateLive, Kind: KindFolder, Incarnation: 1},
 	} {
 		if err := f.seal(unit.KindIdentity, objectOff(uint32(slot))+identityOff, func(img []byte) {
-			copy(img[unit.HeadBytes:], id.encode(img))
+			copy(img[unit.HeadBytes:], id.Encode(img))
 		}); err != nil {
 			return err
 		}

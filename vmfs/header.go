@@ -41,7 +41,7 @@ const (
 //	 80      4  payload length, 0..11776
 //	 84     12  reserved
 //	 96    256  intents          owner-table units in which a claim or release is going on (R2)
-//	352    160  reserved         zero; preserved
+//	352    160  reserved         zero
 //	512  11776  payload          the folder's or file's content or map; a disk engine's own header
 type Header struct {
 	Sequence       uint64
@@ -57,9 +57,9 @@ type Header struct {
 	Payload        []byte
 }
 
-// encode writes the record for the copy at offBytes into b, HeaderBytes long and
+// Encode writes the record for the copy at offBytes into b, HeaderBytes long and
 // zeroed.
-func (h *Header) encode(b []byte, volume [16]byte, offBytes int64) {
+func (h *Header) Encode(b []byte, volume [16]byte, offBytes int64) {
 	le := binary.LittleEndian
 	le.PutUint32(b[4:], headerMagic)
 	le.PutUint64(b[8:], h.Sequence)
@@ -117,6 +117,10 @@ func DecodeHeader(b []byte, volume [16]byte, offBytes int64) (*Header, error) {
 		return nil, bad("%d intents", intents)
 	case payload > MaxPayload:
 		return nil, bad("payload of %d bytes", payload)
+	case !isZero(b[headerFields+4*intents:payloadOff]) || !isZero(b[payloadOff+payload:HeaderBytes]):
+		return nil, bad("content beyond %d intents and %d bytes of payload", intents, payload)
+	case b[31] != 0 || !isZero(b[84:headerFields]):
+		return nil, bad("reserved bytes are not zero")
 	}
 	for i := range intents {
 		h.Intents = append(h.Intents, le.Uint32(b[headerFields+4*i:]))

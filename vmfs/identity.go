@@ -42,7 +42,8 @@ func (k Kind) String() string {
 // State is the life of an object slot. The values are part of the format.
 type State uint8
 
-// The states. A DYING object takes no new references and is on its way to FREE.
+// The states. A DYING object takes no new references and is on its way to FREE, or,
+// while its creator is alive and has it locked, on its way to LIVE.
 const (
 	StateFree State = iota
 	StateLive
@@ -106,7 +107,9 @@ type Identity struct {
 
 const identityBytes = 471
 
-func (id *Identity) encode(img []byte) []byte {
+// Encode returns the body of the unit img with the record in it; what is reserved
+// stays as it was in img.
+func (id *Identity) Encode(img []byte) []byte {
 	b := make([]byte, len(img))
 	copy(b, img)
 	le := binary.LittleEndian
@@ -132,6 +135,9 @@ func (id *Identity) encode(img []byte) []byte {
 // DecodeIdentity reads the body of an identity unit whose head has been checked.
 func DecodeIdentity(p unit.Place, img []byte) (*Identity, error) {
 	le := binary.LittleEndian
+	if len(img) < identityBytes {
+		return nil, corruptUnit(p, "%d bytes are too few", len(img))
+	}
 	id := &Identity{
 		State:       State(img[24]),
 		Kind:        Kind(img[25]),
@@ -146,15 +152,24 @@ func DecodeIdentity(p unit.Place, img []byte) (*Identity, error) {
 		Name:  string(img[216 : 216+int(img[53])]),
 	}
 	n := int(img[52])
+	if id.Name != "" {
+		if err := CheckName(id.Name); err != nil {
+			return nil, corruptUnit(p, "%v", err)
+		}
+	}
 	switch {
 	case id.State > StateDying:
 		return nil, corruptUnit(p, "state %d", id.State)
 	case id.Kind > KindVolume:
 		return nil, corruptUnit(p, "kind %d", id.Kind)
-	case id.Incarnation > MaxIncarnation:
+	case id.Incarnation > MaxIncarnation || (id.Incarnation == 0 && id.State != StateFree):
 		return nil, corruptUnit(p, "incarnation %d", id.Incarnation)
 	case n > MaxHolds:
 		return nil, corruptUnit(p, "%d holds", n)
+	case !isZero(img[56+n:88]) || !isZero(img[88+4*n:216]):
+		return nil, corruptUnit(p, "more than the %d holds that it counts", n)
+	case !isZero(img[216+len(id.Name) : identityBytes]):
+		return nil, corruptUnit(p, "a name longer than its %d bytes", len(id.Name))
 	case id.Pending.Delta < -1 || id.Pending.Delta > 1:
 		return nil, corruptUnit(p, "pending change of %d", id.Pending.Delta)
 	case id.Parent.Slot >= MaxObjects || id.Pending.Child.Slot >= MaxObjects:

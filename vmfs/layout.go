@@ -91,10 +91,11 @@ func (g geometry) tailOff() int64 { return g.sizeBytes - mib }
 
 func groupOff(group int64) int64 { return GroupsOff + group*gib }
 
-func slabOff(slab int64) int64 { return GroupsOff + slab*SlabBytes }
+// SlabOff is a slab's address in bytes.
+func SlabOff(slab int64) int64 { return GroupsOff + slab*SlabBytes }
 
-// slabOf is the inverse of slabOff for any address within a slab.
-func slabOf(offBytes int64) int64 { return (offBytes - GroupsOff) / SlabBytes }
+// SlabAt is the inverse of SlabOff for any address within a slab.
+func SlabAt(offBytes int64) int64 { return (offBytes - GroupsOff) / SlabBytes }
 
 // hasTable reports whether the group holds a part of the object table: one that
 // is too short for data beside it does not.

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"time"
 
+	"basalt/block"
 	"basalt/block/unit"
 	"basalt/lease"
 )
@@ -16,7 +17,6 @@ type Lock struct {
 	v      *Volume
 	slot   uint32
 	mode   LockMode
-	img    []byte // the lock unit as this mount left it
 	record LockRecord
 	before LockRecord // as it was before the acquisition
 }
@@ -30,89 +30,127 @@ const (
 	NoWait = Patience(0)
 	// operation is the patience with locks that are held for one operation.
 	operation = Patience(30 * time.Second)
-	// pollFirst is how long a short lock is polled before its holder is suspected.
-	pollFirst = 200 * time.Millisecond
+	// brief is the patience of those who hold a folder: others may wait for that one
+	// while they hold what is wanted here.
+	brief = Patience(suspectAfter)
+	// suspectAfter is how long a lock is polled before its holder is suspected, and
+	// again after each sign of life.
+	suspectAfter = 200 * time.Millisecond
 )
-
-// enter takes the in-process semaphore of an object slot.
-func (v *Volume) enter(ctx context.Context, slot uint32) error {
-	v.mu.Lock()
-	c := v.local[slot]
-	if c == nil {
-		c = make(chan struct{}, 1)
-		v.local[slot] = c
-	}
-	v.mu.Unlock()
-	select {
-	case c <- struct{}{}:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
-func (v *Volume) leave(slot uint32) {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	<-v.local[slot]
-}
 
 // acquire locks an object slot. A dead holder's lock is free: it is taken without
 // ceremony. A record that names this mount although nobody in this process holds
-// it is adopted. The lock generation rises by one.
+// it is adopted. The lock generation rises by one. ErrHeld: its holder is alive, or
+// cannot be proven dead.
 func (v *Volume) acquire(ctx context.Context, slot uint32, mode LockMode, wait Patience) (*Lock, error) {
 	if v.session == nil {
 		return nil, ErrReadOnly
 	}
-	if err := v.enter(ctx, slot); err != nil {
+	ok, err := v.locals.enter(ctx, v.clk, slot, wait)
+	if err != nil {
 		return nil, err
+	}
+	if !ok {
+		me := v.self()
+		return nil, &HeldError{Path: v.describe(ctx, slot), HostName: v.host, Slot: int(me.Slot), Generation: me.Generation}
 	}
 	l, err := v.acquireEntered(ctx, slot, mode, wait)
 	if err != nil {
-		v.leave(slot)
+		v.locals.leave(slot)
 		return nil, err
 	}
 	return l, nil
 }
 
+// tryAcquire takes the exclusive lock of a slot if it is free or its holders are
+// dead, without waiting or breaking anybody; nil when it is not to be had.
+func (v *Volume) tryAcquire(ctx context.Context, slot uint32) (*Lock, error) {
+	ok, err := v.locals.enter(ctx, v.clk, slot, NoWait)
+	if err != nil || !ok {
+		return nil, err
+	}
+	l, _, err := v.take(ctx, slot, LockExclusive)
+	if l == nil {
+		v.locals.leave(slot)
+	}
+	return l, err
+}
+
 func (v *Volume) acquireEntered(ctx context.Context, slot uint32, mode LockMode, wait Patience) (*Lock, error) {
-	p := v.lockPlace(slot)
 	start := v.clk.Now()
+	suspect := start.Add(suspectAfter)
+	if wait == NoWait {
+		suspect = start
+	}
 	for pause := time.Millisecond; ; {
-		img, _, err := p.Read(ctx, v.dev)
-		if err != nil {
-			return nil, err
+		l, blocked, err := v.take(ctx, slot, mode)
+		if err != nil || l != nil {
+			return l, err
 		}
-		was, err := DecodeLock(p, img)
-		if err != nil {
-			return nil, err
-		}
-		next, blocker, err := v.claimOf(ctx, *was, mode)
-		if err != nil {
-			return nil, err
-		}
-		if blocker == nil {
-			r, err := p.Swap(ctx, v.dev, img, next.encode(img), v.nonce)
-			if err == nil {
-				return &Lock{v: v, slot: slot, mode: mode, img: r.Image, record: next, before: *was}, nil
-			}
-			if errors.Is(err, unit.ErrConflict) || errors.Is(err, unit.ErrNotExecuted) {
-				continue
-			}
-			return nil, err
-		}
-		waited := v.clk.Now().Sub(start)
-		if wait != NoWait && waited < pollFirst {
+		if v.clk.Now() < suspect {
 			if err := v.sleep(ctx, pause); err != nil {
 				return nil, err
 			}
 			pause = min(2*pause, 20*time.Millisecond)
 			continue
 		}
-		if err := v.overcome(ctx, slot, *blocker, was.Since, waited >= time.Duration(wait)); err != nil {
+		last := v.clk.Now().Sub(start) >= time.Duration(wait)
+		if err := v.overcome(ctx, slot, blocked, last); err != nil {
 			return nil, err
 		}
+		suspect = v.clk.Now().Add(suspectAfter)
 	}
+}
+
+// blocker is a live holder in the way.
+type blocker struct {
+	holder Holder
+	since  time.Time
+}
+
+// take tries once to lock a slot whose semaphore the caller has. It returns who is
+// in the way if it cannot.
+func (v *Volume) take(ctx context.Context, slot uint32, mode LockMode) (*Lock, blocker, error) {
+	p := v.lockPlace(slot)
+	for {
+		if err := ctx.Err(); err != nil {
+			return nil, blocker{}, err
+		}
+		img, _, err := p.Read(ctx, v.dev)
+		if err != nil {
+			return nil, blocker{}, err
+		}
+		was, err := DecodeLock(p, img)
+		if err != nil {
+			return nil, blocker{}, err
+		}
+		next, holder, err := v.claimOf(ctx, *was, mode)
+		if err != nil {
+			return nil, blocker{}, err
+		}
+		if holder != nil {
+			return nil, blocker{*holder, was.Since}, nil
+		}
+		// Not with ctx: a command that is under way must not be left behind.
+		_, err = p.Swap(context.WithoutCancel(ctx), v.dev, img, next.Encode(img), v.nonce)
+		switch {
+		case err == nil:
+			return &Lock{v: v, slot: slot, mode: mode, record: next, before: *was}, blocker{}, nil
+		case errors.Is(err, unit.ErrConflict), errors.Is(err, unit.ErrNotExecuted):
+			continue
+		}
+		return nil, blocker{}, errors.Join(err, v.disown(ctx, slot))
+	}
+}
+
+// disown gives up a lock that may or may not have been taken, so that other hosts
+// do not wait for a holder that does not know of it. A command that is still on its
+// way takes no effect any more.
+func (v *Volume) disown(ctx context.Context, slot uint32) error {
+	if _, err := v.supersede(context.WithoutCancel(ctx), v.lockPlace(slot), func([]byte) (bool, error) { return true, nil }); err != nil {
+		return err
+	}
+	return v.giveUp(ctx, slot)
 }
 
 // claimOf computes the record after taking a lock with record was, or who alive is
@@ -161,15 +199,21 @@ func (v *Volume) claimOf(ctx context.Context, was LockRecord, mode LockMode) (Lo
 	return next, nil, nil
 }
 
-// overcome returns nil when the holder turned out dead or has had time to move on,
-// else a HeldError.
-func (v *Volume) overcome(ctx context.Context, slot uint32, h Holder, since time.Time, last bool) error {
+// overcome returns nil when the holder turned out dead or, unless this is the last
+// attempt, alive; else a HeldError.
+func (v *Volume) overcome(ctx context.Context, slot uint32, b blocker, last bool) error {
+	h := b.holder
 	err := v.session.Break(ctx, int(h.Slot), h.Generation)
-	if err == nil || (errors.Is(err, lease.ErrAlive) && !last) {
+	switch {
+	case err == nil || (errors.Is(err, lease.ErrAlive) && !last):
 		return nil
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case errors.Is(err, lease.ErrLost), errors.Is(err, block.ErrClosed):
+		return err // it is this mount that has ended
 	}
 	held := &HeldError{Path: v.describe(ctx, slot), Slot: int(h.Slot), Generation: h.Generation}
-	if age := v.clk.Wall().Sub(since); age > 0 {
+	if age := v.clk.Wall().Sub(b.since); age > 0 {
 		held.Age = age
 	}
 	if who, ok := errors.AsType[*lease.HolderError](err); ok {
@@ -192,19 +236,22 @@ func (v *Volume) describe(ctx context.Context, slot uint32) string {
 // release gives the lock up. Every command under it has ended (R20). It runs to
 // its end even when ctx is cancelled, unless the lease is lost.
 func (l *Lock) release(ctx context.Context) error {
-	v := l.v
-	defer v.leave(l.slot)
-	ctx = context.WithoutCancel(ctx)
-	p := v.lockPlace(l.slot)
+	defer l.v.locals.leave(l.slot)
+	return l.v.giveUp(ctx, l.slot)
+}
+
+// giveUp takes this mount out of a slot's lock record, if it is there.
+func (v *Volume) giveUp(ctx context.Context, slot uint32) error {
+	p := v.lockPlace(slot)
 	me := v.self()
-	_, err := v.change(ctx, p, func(img []byte) ([]byte, error) {
+	_, err := v.change(context.WithoutCancel(ctx), p, func(img []byte) ([]byte, error) {
 		r, err := DecodeLock(p, img)
 		if err != nil {
 			return nil, err
 		}
 		switch {
 		case r.Mode == LockShared && slices.Contains(r.Shared, me):
-			r.Shared = slices.DeleteFunc(slices.Clone(r.Shared), func(h Holder) bool { return h == me })
+			r.Shared = slices.DeleteFunc(r.Shared, func(h Holder) bool { return h == me })
 			if len(r.Shared) == 0 {
 				r.Mode = LockFree
 			}
@@ -213,7 +260,7 @@ func (l *Lock) release(ctx context.Context) error {
 		default:
 			return nil, nil // no longer ours: a fence took it
 		}
-		return r.encode(img), nil
+		return r.Encode(img), nil
 	})
 	return err
 }

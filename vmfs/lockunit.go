@@ -74,7 +74,9 @@ const WantRelease = 1 << 0
 
 const lockBytes = 384
 
-func (l *LockRecord) encode(img []byte) []byte {
+// Encode returns the body of the unit img with the record in it; what is reserved
+// stays as it was in img.
+func (l *LockRecord) Encode(img []byte) []byte {
 	b := make([]byte, len(img))
 	copy(b, img)
 	le := binary.LittleEndian
@@ -97,6 +99,9 @@ func (l *LockRecord) encode(img []byte) []byte {
 // DecodeLock reads the body of a lock unit whose head has been checked.
 func DecodeLock(p unit.Place, img []byte) (*LockRecord, error) {
 	le := binary.LittleEndian
+	if len(img) < lockBytes {
+		return nil, corruptUnit(p, "%d bytes are too few", len(img))
+	}
 	l := &LockRecord{
 		Mode:       LockMode(img[24]),
 		Owner:      Holder{img[25], le.Uint32(img[28:])},
@@ -112,6 +117,10 @@ func DecodeLock(p unit.Place, img []byte) (*LockRecord, error) {
 		return nil, corruptUnit(p, "mode %d", l.Mode)
 	case n > MaxSharedHolders:
 		return nil, corruptUnit(p, "%d shared holders", n)
+	case !isZero(img[64+n:128]) || !isZero(img[128+4*n:lockBytes]):
+		return nil, corruptUnit(p, "more than the %d shared holders that it counts", n)
+	case l.Mode == LockShared && n == 0:
+		return nil, corruptUnit(p, "shared by nobody")
 	}
 	for i := range n {
 		l.Shared = append(l.Shared, Holder{img[64+i], le.Uint32(img[128+4*i:])})

@@ -17,9 +17,10 @@ type Object struct {
 	kind Kind
 	lock *Lock // nil for a view
 
-	mu     sync.Mutex // guards header, copyB
+	mu     sync.Mutex // guards what follows
 	header *Header    // newest that this handle has read or written; nil before the first
 	copyB  bool       // header lies in copy B
+	failed error      // of the header write that failed; the next opening finds out what is on media
 }
 
 // Ref names the object and its life.
@@ -71,7 +72,7 @@ func (v *Volume) changeIdentity(ctx context.Context, slot uint32, edit func(*Ide
 		if err := edit(id); err != nil {
 			return nil, err
 		}
-		return id.encode(img), nil
+		return id.Encode(img), nil
 	})
 	return err
 }
@@ -181,15 +182,20 @@ func (o *Object) ownHeader(b []byte, offBytes int64) (*Header, error) {
 
 // PutHeader makes h the object's newest header, durably, in the place of the older
 // copy. It sets Sequence, LockGeneration, Self, Kind and Modified. What the header
-// refers to has been flushed before.
+// refers to has been flushed before. One call at a time. A cancelled ctx does not
+// end the write; after a failed one the handle writes no more headers, as nobody
+// can tell which copy is the older one.
 func (o *Object) PutHeader(ctx context.Context, h Header) error {
 	gen := o.LockGeneration()
 	if gen == 0 {
 		return ErrReadOnly
 	}
 	o.mu.Lock()
-	last, toB := o.header, !o.copyB
+	last, toB, failed := o.header, !o.copyB, o.failed
 	o.mu.Unlock()
+	if failed != nil {
+		return failed
+	}
 	h.Sequence, toB = 1, toB && last != nil
 	if last != nil {
 		h.Sequence = last.Sequence + 1
@@ -206,13 +212,15 @@ func (o *Object) PutHeader(ctx context.Context, h Header) error {
 		off = objectOff(o.ref.Slot) + headerBOff
 	}
 	b := block.AlignedBuffer(HeaderBytes)
-	h.encode(b, o.v.sb.Volume, off)
-	if err := o.v.dev.WriteFUA(ctx, b, off); err != nil {
-		return fmt.Errorf("write header of object %v: %w", o.ref, err)
-	}
+	h.Encode(b, o.v.sb.Volume, off)
+	err := o.v.dev.WriteFUA(context.WithoutCancel(ctx), b, off)
 	o.mu.Lock()
+	defer o.mu.Unlock()
+	if err != nil {
+		o.failed = fmt.Errorf("write header of object %v: %w", o.ref, err)
+		return o.failed
+	}
 	o.header, o.copyB = &h, toB
-	o.mu.Unlock()
 	return nil
 }
 

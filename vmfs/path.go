@@ -125,7 +125,7 @@ const maxDepth = 64
 
 func (v *Volume) walk(ctx context.Context, folder Ref, prefix string, depth int, f func(string, Info) error) error {
 	if depth > maxDepth {
-		return fmt.Errorf("%s: folders are nested more than %d deep", prefix, maxDepth)
+		return fmt.Errorf("%s: %w: folders nest at most %d deep", prefix, ErrName, maxDepth)
 	}
 	list, err := v.List(ctx, folder)
 	if errors.Is(err, ErrNotFound) && depth > 0 {

@@ -63,10 +63,14 @@ func (v *Volume) planGroup(ctx context.Context, group int64, n int, metadata, ag
 			return err
 		}
 		free := v.freeIn(u, img, metadata)
+		v.mu.Lock()
 		if len(free) == 0 {
-			v.mu.Lock()
 			v.full[u] = true
-			v.mu.Unlock()
+		} else {
+			delete(v.full, u)
+		}
+		v.mu.Unlock()
+		if len(free) == 0 {
 			continue
 		}
 		p.Units = append(p.Units, u)
@@ -97,10 +101,13 @@ func bestRun(free []int64, n int) []int64 {
 	return free[:min(n, len(free))]
 }
 
-// claim tags the plan's slabs with the object, or other slabs of the plan's units
+// Claim tags the plan's slabs with the object, or other slabs of the plan's units
 // where those were taken meanwhile. It may get fewer than planned. The caller holds
 // the object's exclusive lock and has logged the units as its intent (R2).
-func (o *Object) claim(ctx context.Context, p Plan, metadata bool) ([]int64, error) {
+func (o *Object) Claim(ctx context.Context, p Plan, metadata bool) ([]int64, error) {
+	if o.LockGeneration() == 0 {
+		return nil, ErrReadOnly
+	}
 	v, tag := o.v, o.ref.tag()
 	var got []int64
 	for _, u := range p.Units {
@@ -159,10 +166,13 @@ func ownIn(img []byte, first, end int64, tag uint32) map[int64]bool {
 	return own
 }
 
-// release clears the tags of the object's slabs. The caller holds the object's
+// Release clears the tags of the object's slabs. The caller holds the object's
 // exclusive lock; all I/O on the slabs has ended, the release is durably logged,
 // and their UNMAP has ended (R2). Slabs that are no longer the object's are left.
-func (o *Object) release(ctx context.Context, slabs []int64) error {
+func (o *Object) Release(ctx context.Context, slabs []int64) error {
+	if o.LockGeneration() == 0 {
+		return ErrReadOnly
+	}
 	v, tag := o.v, o.ref.tag()
 	byUnit := map[uint32][]int{}
 	var units []uint32
@@ -197,10 +207,13 @@ func (o *Object) release(ctx context.Context, slabs []int64) error {
 	return nil
 }
 
-// settle finishes what a crash left open in the given units: it raises the version
+// Settle finishes what a crash left open in the given units: it raises the version
 // of each, so that a compare-and-write of the dead holder can no longer take
 // effect (R1), and returns the slabs in them that carry the object's tag.
-func (o *Object) settle(ctx context.Context, units []uint32) ([]int64, error) {
+func (o *Object) Settle(ctx context.Context, units []uint32) ([]int64, error) {
+	if o.LockGeneration() == 0 {
+		return nil, ErrReadOnly
+	}
 	v, tag := o.v, o.ref.tag()
 	var own []int64
 	for _, u := range units {
@@ -208,16 +221,7 @@ func (o *Object) settle(ctx context.Context, units []uint32) ([]int64, error) {
 			return nil, fmt.Errorf("object %v: %w", o.ref, &block.CorruptError{
 				Object: "intent", OffBytes: objectOff(o.ref.Slot), Reason: fmt.Sprintf("names owner-table unit %d of %d", u, v.geo.tableUnits())})
 		}
-		img, err := v.change(ctx, v.ownerPlace(u), func() func([]byte) ([]byte, error) {
-			first := true
-			return func(img []byte) ([]byte, error) {
-				if !first {
-					return nil, nil // someone else raised the version
-				}
-				first = false
-				return bodyOf(img), nil
-			}
-		}())
+		img, err := v.supersede(ctx, v.ownerPlace(u), func([]byte) (bool, error) { return true, nil })
 		if err != nil {
 			return nil, err
 		}
@@ -274,10 +278,16 @@ func (v *Volume) unmap(ctx context.Context, slabs []int64) error {
 		for j < len(sorted) && sorted[j] == sorted[j-1]+1 {
 			j++
 		}
-		if err := v.dev.Discard(ctx, slabOff(sorted[i]), int64(j-i)*SlabBytes); err != nil {
+		if err := v.dev.Discard(ctx, SlabOff(sorted[i]), int64(j-i)*SlabBytes); err != nil {
 			return fmt.Errorf("unmap: %w", err)
 		}
 		i = j
 	}
 	return nil
+}
+
+// UnitOfSlab is the owner-table unit that holds a slab's tag.
+func (v *Volume) UnitOfSlab(slab int64) uint32 {
+	u, _ := v.geo.unitOfSlab(slab)
+	return u
 }

@@ -1,6 +1,7 @@
 package vmfs
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"hash/crc32"
@@ -8,6 +9,7 @@ import (
 
 	"basalt/block"
 	"basalt/block/unit"
+	"basalt/lease"
 )
 
 // FormatVersion is the newest superblock version this package reads and writes.
@@ -19,6 +21,7 @@ const superblockMagic = "BASALTFS"
 const (
 	IncompatDiskPaxos = 1 << 0 // kept for locks on devices without compare-and-write
 	incompatKnown     = 0
+	roCompatKnown     = 0
 )
 
 // Superblock describes a volume. It is kept in three copies; the one with the
@@ -117,20 +120,28 @@ func DecodeSuperblock(b []byte, offBytes int64) (*Superblock, error) {
 		return nil, fmt.Errorf("%w: it uses features %#x that this program does not know; use a newer basalt", ErrFormat, unknown)
 	}
 	switch {
+	case le.Uint32(b[4:]) == 0:
+		return nil, bad("version 0")
 	case s.Volume == [16]byte{}:
 		return nil, bad("volume id is zero")
 	case s.SizeBytes < MinVolumeBytes || s.SizeBytes > MaxVolumeBytes || s.SizeBytes%mib != 0:
 		return nil, bad("size of %d bytes", s.SizeBytes)
 	case s.UnitBytes != 512 && s.UnitBytes != 4096:
 		return nil, bad("unit of %d bytes", s.UnitBytes)
-	case s.Lease < time.Second || s.Lease > time.Hour:
+	case s.Lease < lease.MinLease || s.Lease > lease.MaxLease:
 		return nil, bad("lease of %v", s.Lease)
-	case b[96] > MaxLabelBytes:
+	case int64(s.MiddleGroup) >= s.geometry().groups():
+		return nil, bad("second copy in group %d of %d", s.MiddleGroup, s.geometry().groups())
+	case b[96] > MaxLabelBytes || !isZero(b[97+int(b[96]):97+MaxLabelBytes]):
 		return nil, bad("label of %d bytes", b[96])
 	}
 	s.Label = string(b[97 : 97+int(b[96])])
 	return s, nil
 }
+
+// isZero tells whether the unused part of a record is as it should be: what a
+// record does not say must not differ, or two records would say the same.
+func isZero(b []byte) bool { return bytes.Count(b, []byte{0}) == len(b) }
 
 func (s *Superblock) geometry() geometry {
 	return geometry{sizeBytes: s.SizeBytes, unitBytes: s.UnitBytes}

@@ -27,11 +27,14 @@ type Volume struct {
 	sb      Superblock
 	geo     geometry
 
-	mu     sync.Mutex               // guards local, cursor, free
-	local  map[uint32]chan struct{} // object slots locked by this mount, each a semaphore of one
-	cursor int64                    // group at which the next claim starts to search
-	slots  uint32                   // object slot at which the next creation starts to search
-	full   map[uint32]bool          // owner-table units seen without a free tag since the last release
+	host    string
+	locals  semaphores // object slots that this mount locks
+	origins semaphores // object slots whose reference count this mount changes
+
+	mu     sync.Mutex      // guards what follows
+	cursor int64           // group at which the next claim starts to search
+	slots  uint32          // object slot at which the next creation starts to search
+	full   map[uint32]bool // owner-table units seen without a free tag since the last release
 }
 
 // MountOptions are a host's settings for one mount.
@@ -66,7 +69,7 @@ func View(ctx context.Context, dev block.Device, clk clock.Clock) (*Volume, erro
 	}
 	return &Volume{
 		dev: dev, clk: clk, log: slog.New(slog.DiscardHandler), sb: *found, geo: found.geometry(),
-		nonce: randomNonce, local: map[uint32]chan struct{}{}, full: map[uint32]bool{},
+		nonce: randomNonce, full: map[uint32]bool{},
 	}, nil
 }
 
@@ -77,7 +80,7 @@ func Mount(ctx context.Context, dev block.Device, fencer block.Fencer, clk clock
 	if err != nil {
 		return nil, err
 	}
-	v.log = log
+	v.log, v.host = log, opts.HostName
 	if opts.Nonce != nil {
 		v.nonce = opts.Nonce
 	}
@@ -102,6 +105,9 @@ func Mount(ctx context.Context, dev block.Device, fencer block.Fencer, clk clock
 func (v *Volume) prepare(ctx context.Context, dev block.Device, opts MountOptions) error {
 	if err := CheckName(opts.HostName); err != nil {
 		return fmt.Errorf("host name: %w", err)
+	}
+	if unknown := v.sb.ROCompat &^ roCompatKnown; unknown != 0 {
+		return fmt.Errorf("%w: it uses features %#x, without which it can only be read; use a newer basalt", ErrFormat, unknown)
 	}
 	g := dev.Geometry()
 	if g.UnitBytes != v.sb.UnitBytes {
@@ -152,7 +158,9 @@ func (v *Volume) ownerPlace(u uint32) unit.Place {
 // change applies edit to the unit at p until one compare-and-write of it takes
 // effect. edit gets the unit's current image and returns the new body, or an error
 // to give up, or nil to leave the unit as it is. It returns the image that the
-// unit ended with.
+// unit ended with. After an ambiguous attempt edit may find its own change in place,
+// and others' on top: it judges by its own entries (R1). A cancelled ctx ends the
+// attempts, never a command that is under way.
 func (v *Volume) change(ctx context.Context, p unit.Place, edit func(img []byte) ([]byte, error)) ([]byte, error) {
 	img, _, err := p.Read(ctx, v.dev)
 	for err == nil {
@@ -161,7 +169,7 @@ func (v *Volume) change(ctx context.Context, p unit.Place, edit func(img []byte)
 			return img, eerr
 		}
 		var r unit.Result
-		r, err = p.Swap(ctx, v.dev, img, body, v.nonce)
+		r, err = p.Swap(context.WithoutCancel(ctx), v.dev, img, body, v.nonce)
 		img = r.Image
 		if err == nil {
 			return img, nil
@@ -183,6 +191,21 @@ func (v *Volume) sleep(ctx context.Context, d time.Duration) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+}
+
+// supersede raises the version of a unit without changing what it says, so that no
+// compare-and-write that was on its way to it can take effect any more (R1). It
+// does nothing when needed finds the unit in no need of it.
+func (v *Volume) supersede(ctx context.Context, p unit.Place, needed func(img []byte) (bool, error)) ([]byte, error) {
+	first := true
+	return v.change(ctx, p, func(img []byte) ([]byte, error) {
+		need, err := needed(img)
+		if err != nil || !need || !first {
+			return nil, err // not first: somebody else has raised it
+		}
+		first = false
+		return bodyOf(img), nil
+	})
 }
 
 func (v *Volume) volumePlace() unit.Place { return v.place(unit.KindVolume, VolumeUnitOff) }

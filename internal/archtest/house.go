@@ -15,17 +15,17 @@ func House() *Rules {
 			},
 			{
 				Name:     "devices",
-				Packages: []string{"block/filedev", "iscsi/initiator", "nfs/client", "lease"},
+				Packages: []string{"block/filedev", "iscsi/initiator", "nfs/client", "lease", "thinprov/layout"},
 				TestOnly: []string{"block/simdev", "block/faultdev"},
 			},
 			{
 				Name: "engines",
 				Packages: []string{
-					"vmfs", "thinprov", "nfs", "iscsi", "nbd", "vhost", "cluster",
+					"vmfs", "thinprov", "thinprov/cowtree", "nfs", "iscsi", "nbd", "vhost", "cluster",
 					"hypervisor", "hypervisor/qmp", "hypervisor/kvmprobe", "backup", "ovf",
 				},
 			},
-			{Name: "service", Packages: []string{"datastore", "migrate", "control"}},
+			{Name: "service", Packages: []string{"datastore", "migrate"}},
 			{Name: "whole", Packages: []string{"store", "agent", "api", "ui"}},
 			{Name: "commands", Packages: []string{"cmd/basalt"}},
 		},
@@ -47,7 +47,7 @@ func bans() []Ban {
 		{[]string{"vmfs"}, consensus, "vmfs must mount when raft is down"},
 		{[]string{"lease"}, consensus, "the LUN alone decides who is alive and who owns a disk"},
 		{
-			[]string{"thinprov", "nbd", "iscsi", "nfs", "vhost", "datastore", "control"}, consensus,
+			[]string{"thinprov", "nbd", "iscsi", "nfs", "vhost", "datastore"}, consensus,
 			"guest I/O never waits for raft",
 		},
 		{

@@ -1,0 +1,11 @@
+// Command basalt manages volumes on shared LUNs and the disks on them.
+package main
+
+import (
+	"context"
+	"os"
+)
+
+func main() {
+	os.Exit(run(context.Background(), os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
+}

@@ -1,0 +1,285 @@
+package thinprov
+
+import (
+	"context"
+	"fmt"
+	"slices"
+
+	"basalt/thinprov/layout"
+)
+
+// Deleting a snapshot s that lies between its parent p and its child c (the next
+// snapshot, or the head) frees what s maps and neither of them does: what was born
+// after p and is not mapped by c at the same place. It goes through the map in steps;
+// each is one log entry that names a range of keys, and is recomputed at replay over
+// the same trees. Below the cursor the child's parent is p already: what the head
+// drops there is freed by the head. The nodes of s go at the end, in one go.
+
+// stepLeaves is about how many leaves of the snapshot one step looks at.
+const stepLeaves = 64
+
+// DeleteSnapshot deletes a snapshot and frees what only it holds. I/O goes on
+// meanwhile. If it is interrupted, by ctx or a crash, the snapshot is gone all the
+// same, and the next DeleteSnapshot goes on freeing its blocks.
+//
+// ErrPublished while others use it, ErrBusy while it has an open view here.
+func (d *Disk) DeleteSnapshot(ctx context.Context, uuid [16]byte) error {
+	if err := d.begin(true); err != nil {
+		return err
+	}
+	defer d.end()
+	select {
+	case d.deletion <- struct{}{}:
+		defer func() { <-d.deletion }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	if err := d.finishDeletion(ctx); err != nil {
+		return fmt.Errorf("thinprov: finish the deletion before: %w", err)
+	}
+	err := d.logAndWait(ctx, func() (layout.Entry, bool, error) {
+		s, err := d.visibleLocked(uuid)
+		switch {
+		case err != nil:
+			return layout.Entry{}, false, err
+		case s.Published != (Ref{}):
+			return layout.Entry{}, false, ErrPublished
+		case s.views > 0:
+			return layout.Entry{}, false, ErrBusy
+		}
+		return layout.Entry{Kind: layout.EntryDeleteBegin, Epoch: s.Epoch}, true, nil
+	})
+	if err != nil {
+		return err
+	}
+	if err := d.finishDeletion(ctx); err != nil {
+		return fmt.Errorf("thinprov: delete snapshot: %w", err)
+	}
+	return nil
+}
+
+// ResumeDeletion goes on with the deletion of a snapshot that was interrupted, if
+// there is one.
+func (d *Disk) ResumeDeletion(ctx context.Context) error {
+	if err := d.begin(true); err != nil {
+		return err
+	}
+	defer d.end()
+	select {
+	case d.deletion <- struct{}{}:
+		defer func() { <-d.deletion }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	return d.finishDeletion(ctx)
+}
+
+// finishDeletion takes the deletion in progress to its end. Needs deletion.
+func (d *Disk) finishDeletion(ctx context.Context) error {
+	var last *batch
+	for {
+		d.mu.Lock()
+		s := d.deleting
+		d.mu.Unlock()
+		if s == nil {
+			break
+		}
+		b, err := d.change(ctx, PurposeMetadata, func() (layout.Entry, bool, error) {
+			if s.Cursor < layout.MaxKeys {
+				st, _ := d.stepOf(s, s.Cursor, 0)
+				return layout.Entry{Kind: layout.EntryDeleteStep, Epoch: s.Epoch, From: s.Cursor, To: st.to}, true, nil
+			}
+			return layout.Entry{Kind: layout.EntryDeleteEnd, Epoch: s.Epoch}, true, nil
+		}, func() *mapHole {
+			if s.Cursor < layout.MaxKeys {
+				_, h := d.stepOf(s, s.Cursor, 0)
+				return h
+			}
+			_, h := d.nodesOf(s)
+			return h
+		})
+		if err != nil {
+			return err
+		}
+		last = b
+		wake(d.commitKick)
+	}
+	if last == nil {
+		return nil
+	}
+	return d.settled(ctx, last)
+}
+
+// childOf is the map of the next snapshot after s, or the head's.
+func (d *Disk) childOf(s *snapshot) mapTree {
+	if i := slices.Index(d.snaps, s); i+1 < len(d.snaps) {
+		return d.snaps[i+1].root
+	}
+	return d.head
+}
+
+// step is a part of a deletion.
+type step struct {
+	to    uint64 // keys below it are done
+	frees []run  // blocks that nothing refers to any more
+}
+
+// stepOf computes the step from a key up to to, or if that is 0 to where about
+// stepLeaves have been looked at. It changes nothing.
+func (d *Disk) stepOf(s *snapshot, from, to uint64) (step, *mapHole) {
+	child := d.childOf(s)
+	st := step{to: to}
+	end, leaves := to, 0
+	if to == 0 {
+		st.to, end = layout.MaxKeys, layout.MaxKeys
+	}
+	var hole *mapHole
+	full := false
+	h := s.root.Nodes(func(n *mapNode, lo, hi uint64) bool {
+		if hole != nil || full || hi <= from || lo >= end || n.Birth() <= s.Parent || n.Foreign() {
+			return false
+		}
+		shared, h := child.Holds(n, lo, hi)
+		if hole = h; h != nil || shared {
+			return false
+		}
+		if n.Level() > 0 {
+			return true
+		}
+		if leaves++; to == 0 && leaves > stepLeaves {
+			st.to, full = max(lo, from+1), true
+			return false
+		}
+		hole = st.leaf(n, child, s.Parent, max(lo, from), min(hi, end))
+		return false
+	})
+	if hole == nil {
+		hole = h
+	}
+	return st, hole
+}
+
+// leaf adds what the part [lo,hi) of a leaf of the snapshot leaves behind.
+func (st *step) leaf(n *mapNode, child mapTree, parent, lo, hi uint64) *mapHole {
+	for _, e := range n.Entries() {
+		from, to := max(e.Logical, lo), min(e.End(), hi)
+		if from >= to || e.Foreign || e.Birth <= parent {
+			continue
+		}
+		at := from
+		drop := func(until uint64) {
+			if until > at {
+				eachSlab(run{e.Physical + (at - e.Logical), until - at}, func(r run) { st.frees = append(st.frees, r) })
+			}
+		}
+		h := child.Scan(from, to, func(c layout.Extent) bool {
+			if c.Foreign || c.Physical-c.Logical != e.Physical-e.Logical {
+				return true // other blocks: those of s are dropped
+			}
+			drop(max(c.Logical, from))
+			at = min(c.End(), to)
+			return true
+		})
+		if h != nil {
+			return h
+		}
+		drop(to)
+	}
+	return nil
+}
+
+// nodesOf lists the blocks of the nodes that only s has.
+func (d *Disk) nodesOf(s *snapshot) ([]uint64, *mapHole) {
+	child := d.childOf(s)
+	var blocks []uint64
+	var hole *mapHole
+	h := s.root.Nodes(func(n *mapNode, lo, hi uint64) bool {
+		if hole != nil || n.Birth() <= s.Parent || n.Foreign() {
+			return false
+		}
+		shared, h := child.Holds(n, lo, hi)
+		if hole = h; h != nil || shared {
+			return false
+		}
+		if n.Block() != 0 {
+			blocks = append(blocks, n.Block())
+		}
+		return n.Level() > 0
+	})
+	if hole == nil {
+		hole = h
+	}
+	return blocks, hole
+}
+
+// applyToSnapshot applies an entry that is about one snapshot.
+func (d *Disk) applyToSnapshot(e layout.Entry) ([]run, error) {
+	s := d.snapByEpoch(e.Epoch)
+	if s == nil {
+		return nil, logCorrupt("no snapshot of epoch %d", e.Epoch)
+	}
+	d.staleSnaps[s.Epoch] = true
+	switch e.Kind {
+	case layout.EntryPublish:
+		s.Published = e.Ref
+		s.Flags |= layout.SnapshotPublished
+		return nil, nil
+	case layout.EntryUnpublish:
+		s.Published = Ref{}
+		s.Flags &^= layout.SnapshotPublished
+		return nil, nil
+	case layout.EntryDeleteBegin:
+		if d.deleting != nil || s.Flags&layout.SnapshotPublished != 0 {
+			return nil, logCorrupt("deletion of epoch %d begins although it must not", e.Epoch)
+		}
+		s.Flags |= layout.SnapshotDeleting
+		d.deleting = s
+		return nil, nil
+	}
+	if d.deleting != s {
+		return nil, logCorrupt("deletion of epoch %d goes on but never began", e.Epoch)
+	}
+	if e.Kind == layout.EntryDeleteStep {
+		return d.applyStep(s, e)
+	}
+	return nil, d.applyDeleteEnd(s)
+}
+
+func (d *Disk) applyStep(s *snapshot, e layout.Entry) ([]run, error) {
+	if e.From != s.Cursor || e.To <= e.From {
+		return nil, logCorrupt("deletion from %d to %d, the cursor is at %d", e.From, e.To, s.Cursor)
+	}
+	st, h := d.stepOf(s, e.From, e.To)
+	if h != nil {
+		return nil, logCorrupt("deletion of epoch %d met a node that is not loaded", s.Epoch)
+	}
+	for _, r := range st.frees {
+		if err := d.alloc.unuse(r); err != nil {
+			return nil, err
+		}
+	}
+	s.Cursor = e.To
+	return st.frees, nil
+}
+
+// applyDeleteEnd takes s out of the line.
+func (d *Disk) applyDeleteEnd(s *snapshot) error {
+	blocks, h := d.nodesOf(s)
+	if h != nil || s.Cursor < layout.MaxKeys {
+		return logCorrupt("deletion of epoch %d ends early", s.Epoch)
+	}
+	for _, blk := range blocks {
+		d.nodeFreed(blk)
+	}
+	i := slices.Index(d.snaps, s)
+	if i+1 < len(d.snaps) {
+		next := d.snaps[i+1]
+		next.Parent = s.Parent
+		d.staleSnaps[next.Epoch] = true
+	} else {
+		d.parent = s.Parent
+	}
+	d.snaps = slices.Delete(d.snaps, i, i+1)
+	d.deleting = nil
+	return nil
+}

@@ -1,0 +1,5 @@
+//go:build !race
+
+package thinprov_test
+
+const raceEnabled = false
