@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"testing"
 	"time"
 
@@ -21,6 +22,10 @@ func TestFullStoragePausesTheGuestAndItGoesOn(t *testing.T) {
 	if err != nil {
 		t.Skip("no nbdkit")
 	}
+	// nbdkit asks to die with the thread that starts it, and hypervisor.Start throws
+	// threads away: this one is kept.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
 	h := newHost(t)
 	full := filepath.Join(h.dir, "full") // while it exists, every write fails
 	cmd := exec.Command(nbdkit, "--foreground", "-U", h.socket, "--filter=error", "file", h.disk,
