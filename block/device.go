@@ -61,8 +61,8 @@ type Device interface {
 	// compare and, if they are equal, replaces them by write and makes that
 	// durable (SBC-3 §5.2 COMPARE AND WRITE with FUA). The two have the same
 	// length, Geometry.UnitBytes, and offBytes is a multiple of it. It returns
-	// ErrMiscompare when the bytes differ, and then has changed nothing. Any
-	// other error leaves the outcome open. It is atomic against every other
+	// ErrMiscompare when the bytes differ, and ErrBusy when it could not begin, and
+	// then has changed nothing. Any other error leaves the outcome open. It is atomic against every other
 	// CompareAndWrite of the range by any host, if Geometry.SharedCAW is set, else
 	// only within this Device.
 	CompareAndWrite(ctx context.Context, offBytes int64, compare, write []byte) error

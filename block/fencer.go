@@ -16,11 +16,14 @@ const (
 	FenceAgent    FenceKinds = 1 << 2 // an external fence agent switches the host off
 	FenceWatchdog FenceKinds = 1 << 3 // the host resets itself
 	FencePerson   FenceKinds = 1 << 4 // a person vouches that the host is down
+	// FenceExclusive: the device is opened exclusively, by one process of one kernel
+	// at a time, so that whoever has it open is the only one of its machine.
+	FenceExclusive FenceKinds = 1 << 5
 )
 
 // String lists the methods, as in "pr,ofd"; "none" for the empty set.
 func (k FenceKinds) String() string {
-	names := []string{"pr", "ofd", "agent", "watchdog", "person"}
+	names := []string{"pr", "ofd", "agent", "watchdog", "person", "exclusive"}
 	var have []string
 	for i, n := range names {
 		if k&(1<<i) != 0 {
@@ -47,6 +50,7 @@ type Process struct {
 type Holder struct {
 	Slot       int
 	Generation uint32
+	HostID     [16]byte // of the machine, as its register says
 	Process    Process
 	Fencers    FenceKinds // methods its claimer supports
 }

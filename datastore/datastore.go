@@ -37,6 +37,7 @@ type Options struct {
 	Process  block.Process
 	Server   bool
 	OnBreak  func(lease.BreakReport)
+	Vouched  []string // hosts that a person says are down; see lease.Options
 }
 
 // Datastore is a volume that this process has mounted, or views.
@@ -64,7 +65,7 @@ type shared struct {
 // fails.
 func Mount(ctx context.Context, dev block.Device, fencer block.Fencer, clk clock.Clock, log *slog.Logger, opts Options) (*Datastore, error) {
 	vol, err := vmfs.Mount(ctx, dev, fencer, clk, log, vmfs.MountOptions{
-		HostName: opts.HostName, HostID: opts.HostID, Process: opts.Process, Server: opts.Server, OnBreak: opts.OnBreak,
+		HostName: opts.HostName, HostID: opts.HostID, Process: opts.Process, Server: opts.Server, OnBreak: opts.OnBreak, Vouched: opts.Vouched,
 	})
 	if err != nil {
 		return nil, err

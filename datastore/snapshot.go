@@ -43,7 +43,7 @@ func (d *Datastore) unpublish(ctx context.Context, k *Disk, s thinprov.Snapshot)
 	}
 	if err := d.vol.Unpublish(ctx, vmfs.Ref(s.Published)); err != nil {
 		if errors.Is(err, vmfs.ErrInUse) {
-			return fmt.Errorf("snapshot %q: %w: remove its clones first", s.Name, err)
+			return fmt.Errorf("snapshot %q has clones; remove them first: %w", s.Name, vmfs.ErrInUse)
 		}
 		return err
 	}

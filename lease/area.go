@@ -93,6 +93,9 @@ type SlotView struct {
 	Err       error // a damaged record; Register is then zero if it is the damaged one
 }
 
+// Holder is who has the slot, as a fencer needs to know it.
+func (v SlotView) Holder() block.Holder { return holderOf(v.Slot, v.Register) }
+
 // Observe reads all slots once. It changes nothing and needs no slot. One sample
 // does not tell who is alive: compare the heartbeats of two.
 func Observe(ctx context.Context, dev block.Device, area Area) ([]SlotView, error) {

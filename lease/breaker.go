@@ -280,7 +280,7 @@ func (b *Breaker) reread(now clock.Instant, ev BreakerEvent) BreakerAction {
 }
 
 func holderOf(slot int, r Register) block.Holder {
-	return block.Holder{Slot: slot, Generation: r.Generation, Process: r.Process, Fencers: r.Fencers}
+	return block.Holder{Slot: slot, Generation: r.Generation, HostID: r.HostID, Process: r.Process, Fencers: r.Fencers}
 }
 
 // withdraw takes our KILL back. Nobody but its author may: only the author knows

@@ -82,6 +82,8 @@ func (s *Session) settleWith(ctx context.Context, v SlotView) error {
 	r := v.Register
 	namesake := r.HostName == s.opts.HostName
 	switch {
+	case !s.raw.Geometry().SharedCAW && slices.Contains(s.opts.Vouched, r.HostName):
+		return s.ConfirmDown(ctx, v.Slot, r.Generation)
 	case !s.raw.Geometry().SharedCAW:
 		if err := s.Break(ctx, v.Slot, r.Generation); err != nil {
 			return fmt.Errorf("%w: %w", ErrNotShared, err)

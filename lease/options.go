@@ -26,6 +26,11 @@ type Options struct {
 	// Nonce returns random numbers, to several goroutines at once; default
 	// crypto/rand.
 	Nonce func() uint64
+	// Vouched names hosts that a person says are down. It is for devices without
+	// compare-and-write among hosts, which cannot be claimed while another host has a
+	// slot: those of the names are then broken by that word, see ConfirmDown.
+	Vouched []string
+
 	// OnBreak is called after each break that Watch has tried, from a goroutine for
 	// each; may be nil.
 	OnBreak func(BreakReport)

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"strings"
 
+	"basalt/block/filedev"
 	"basalt/datastore"
 	"basalt/internal/clock"
 	"basalt/nbd"
@@ -47,7 +48,7 @@ func askHolder(ctx context.Context, view *datastore.Datastore, h Host, req Reque
 	if err != nil {
 		return Response{}, err
 	}
-	id, err := machineID()
+	id, err := filedev.MachineID()
 	if err != nil {
 		return Response{}, err
 	}

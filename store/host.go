@@ -2,11 +2,9 @@ package store
 
 import (
 	"context"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"strings"
 
 	"basalt/block"
@@ -25,6 +23,7 @@ type Host struct {
 	Server  bool   // serves for long
 	RunDir  string // where control sockets lie
 	OnBreak func(lease.BreakReport)
+	Vouched []string // hosts that a person says are down; see lease.Options
 }
 
 // DefaultRunDir is where control sockets lie unless Host.RunDir says otherwise.
@@ -48,7 +47,7 @@ func Mount(ctx context.Context, lun string, h Host, clk clock.Clock, log *slog.L
 	if err != nil {
 		return nil, err
 	}
-	id, err := machineID()
+	id, err := filedev.MachineID()
 	if err != nil {
 		return nil, err
 	}
@@ -57,7 +56,7 @@ func Mount(ctx context.Context, lun string, h Host, clk clock.Clock, log *slog.L
 		return nil, err
 	}
 	ds, err := datastore.Mount(ctx, dev, dev, clk, log, datastore.Options{
-		HostName: h.Name, HostID: id, Process: self, Server: h.Server, OnBreak: h.OnBreak,
+		HostName: h.Name, HostID: id, Process: self, Server: h.Server, OnBreak: h.OnBreak, Vouched: h.Vouched,
 	})
 	if err != nil {
 		if cerr := dev.Close(); cerr != nil && !errors.Is(cerr, block.ErrClosed) {
@@ -79,22 +78,6 @@ func View(ctx context.Context, lun string, clk clock.Clock) (*datastore.Datastor
 		return nil, errors.Join(fmt.Errorf("%s: %w", lun, err), dev.Close())
 	}
 	return ds, nil
-}
-
-// machineID is the machine's id (machine-id(5)), or its boot's where it has none.
-func machineID() ([16]byte, error) {
-	var id [16]byte
-	for _, path := range []string{"/etc/machine-id", "/proc/sys/kernel/random/boot_id"} {
-		b, err := os.ReadFile(path)
-		if err != nil {
-			continue
-		}
-		text := strings.ReplaceAll(strings.TrimSpace(string(b)), "-", "")
-		if n, err := hex.Decode(id[:], []byte(text)); err == nil && n == len(id) {
-			return id, nil
-		}
-	}
-	return id, errors.New("store: this machine has neither /etc/machine-id nor a boot id")
 }
 
 // RunDirOf is where a volume's control sockets lie.

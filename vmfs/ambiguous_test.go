@@ -15,8 +15,7 @@ import (
 
 // R1: whatever becomes of one compare-and-write, of which the host is told nothing,
 // the operation succeeds and has its effect once; and a command that lands long
-// after, when another host has gone on, has none. Taking the superseding out of
-// block/unit's Swap, or a test for one's own entries out of an edit here, fails this.
+// after, when another host has gone on, has none.
 func TestAmbiguousCompareAndWriteHasNoEffectOfItsOwn(t *testing.T) {
 	for _, s := range scenarios() {
 		t.Run(s.name, func(t *testing.T) {
@@ -118,4 +117,57 @@ func (p *prepared) freeze(x *site, n int) {
 	x.lun.OnChange(nil)
 	p.verify(x, fmt.Sprintf("host froze with change %d of %d under way", n+1, p.changes), acked)
 	<-ended
+}
+
+// meddler is a device whose next compare-and-write within a span takes effect, is
+// followed by another host's change of the same unit, and then reports a failure.
+type meddler struct {
+	block.Device
+	within block.Range
+	meddle func()
+}
+
+func (d *meddler) CompareAndWrite(ctx context.Context, off int64, compare, write []byte) error {
+	err := d.Device.CompareAndWrite(ctx, off, compare, write)
+	if err == nil && d.meddle != nil && off >= d.within.OffBytes && off < d.within.OffBytes+d.within.LenBytes {
+		meddle := d.meddle
+		d.meddle = nil
+		meddle()
+		err = errors.New("the reply was lost")
+	}
+	return err
+}
+
+// R1: a change that took effect and was built upon before it could be read back is
+// judged by one's own entries, and not made a second time. Guards the count of own
+// tags in Claim, without which the file would own slabs that it does not name.
+func TestClaimThatOthersBuiltUponIsNotMadeTwice(t *testing.T) {
+	inSite(t, newLUN(t, 128<<20, 512), func(x *site) {
+		ctx := x.t.Context()
+		b := x.mount("b")
+		d := &meddler{within: block.Range{OffBytes: vmfs.GroupsOff, LenBytes: 9 * 512}}
+		a := x.mountThrough("a", func(dev block.Device) block.Device {
+			d.Device = dev
+			return d
+		})
+		d.meddle = func() {
+			if err := newDisk(ctx, b.Volume, "/other", 1, vmfs.Ref{}); err != nil {
+				x.t.Error(err)
+			}
+		}
+		if err := a.Mkdir(ctx, "/x"); err != nil {
+			x.t.Fatal(err)
+		}
+		if err := put(ctx, a.Volume, "/x/f", 3<<20, 1); err != nil {
+			x.t.Error(err)
+		}
+		if d.meddle != nil {
+			x.t.Error("nobody meddled")
+		}
+		if n := used(x.t, a.Volume); n != 4<<20 {
+			x.t.Errorf("%d bytes are used by a file of 3 MiB and a disk of 1 MiB", n)
+		}
+		x.leave()
+		x.check("in the end", vmfs.Note)
+	})
 }

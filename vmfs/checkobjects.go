@@ -1,10 +1,13 @@
 package vmfs
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"slices"
+
+	"basalt/block"
 )
 
 func (c *checker) where(ref Ref, k Kind) string {
@@ -87,6 +90,9 @@ func (c *checker) opened(ctx context.Context, o *Object, where string) error {
 	if h.Origin != (Ref{}) {
 		c.on[h.Origin] = append(c.on[h.Origin], o.ref)
 	}
+	if err := c.headerCopies(ctx, o, where); err != nil {
+		return err
+	}
 	var own DiskReport
 	switch o.kind {
 	case KindDisk, KindSnapshot:
@@ -109,6 +115,23 @@ func (c *checker) opened(ctx context.Context, o *Object, where string) error {
 		c.report.add(Leak, where, "is in no folder (its name is %q in object %v)", id.Name, id.Parent)
 	}
 	return c.ownership(ctx, o, own, where)
+}
+
+// headerCopies notes a copy of an object's header that does not read while the other
+// one serves. A write that a power cut tore leaves it so, and so does damage to the
+// newest header: then the object has gone back to an earlier state.
+func (c *checker) headerCopies(ctx context.Context, o *Object, where string) error {
+	b := block.AlignedBuffer(HeaderBytes)
+	for _, in := range []int64{headerAOff, headerBOff} {
+		off := objectOff(o.ref.Slot) + in
+		if err := c.v.dev.ReadAt(ctx, b, off); err != nil {
+			return fmt.Errorf("read header of object %v: %w", o.ref, err)
+		}
+		if _, err := DecodeHeader(b, c.v.sb.Volume, off); err != nil && len(bytes.TrimLeft(b, "\x00")) > 0 {
+			c.report.add(Note, where, "%v; the other copy serves: a write was cut short, or the newest state is lost", err)
+		}
+	}
+	return nil
 }
 
 // shown reports whether a folder shows the object. It looks again where the object

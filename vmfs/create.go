@@ -159,7 +159,7 @@ func (v *Volume) newObject(ctx context.Context, n New, parent Ref, name string) 
 			v.mu.Lock()
 			v.slots = slot + 1
 			v.mu.Unlock()
-			o := &Object{v: v, ref: Ref{Slot: slot, Incarnation: incarnation + 1}, kind: n.Kind, lock: l}
+			o := &Object{v: v, ref: Ref{slot, incarnation + 1}, kind: n.Kind, lock: l}
 			if err := v.conceive(context.WithoutCancel(ctx), o, n, parent, name); err != nil {
 				return nil, errors.Join(err, l.release(ctx))
 			}
@@ -196,8 +196,8 @@ func (v *Volume) tryObject(ctx context.Context, slot uint32) (*Lock, uint16, err
 	if err == nil && id.State == StateDying {
 		if err = v.bury(ctx, &Object{v: v, ref: Ref{slot, id.Incarnation}, kind: id.Kind, lock: l}); err == nil {
 			id.State = StateFree
-		} else if isDamage(err) {
-			err = nil
+		} else if isDamage(err) || errors.Is(err, ErrHeld) {
+			err = nil // another slot will do
 		}
 	}
 	if err == nil && id.State == StateFree && id.Incarnation < MaxIncarnation {

@@ -37,6 +37,9 @@ func decodeDisk(b []byte) (d testDisk) {
 	return d
 }
 
+// diskContent is how many bytes of each slab of a disk are written.
+const diskContent = 8 << 10
+
 // newDisk creates a disk with slabs of its own, on an origin or on none.
 func newDisk(ctx context.Context, v *vmfs.Volume, path string, slabs int, origin vmfs.Ref) error {
 	o, err := v.Create(ctx, path, vmfs.New{Kind: vmfs.KindDisk, SizeBytes: 1 << 30, Origin: origin, Init: func(ctx context.Context, o *vmfs.Object) error {
@@ -56,6 +59,12 @@ func newDisk(ctx context.Context, v *vmfs.Volume, path string, slabs int, origin
 		got, err := o.Claim(ctx, p, true)
 		if err != nil {
 			return err
+		}
+		// Not flushed: coming to life is what makes it durable.
+		for _, s := range got {
+			if err := v.Device().WriteAt(ctx, pattern(diskContent, 6), vmfs.SlabOff(s)); err != nil {
+				return err
+			}
 		}
 		next.Payload, next.Intents = testDisk{slabs: got}.encode(), nil
 		return o.PutHeader(ctx, next)

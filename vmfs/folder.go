@@ -47,16 +47,37 @@ func (v *Volume) openFolder(ctx context.Context, ref Ref) (*folder, error) {
 	return f, nil
 }
 
-// all reads every entry. On a view, a block that changed under the walk gives
-// an error.
+// all reads every entry, with one device read a slab. On a view, a block that
+// changed under the walk is damage.
 func (f *folder) all(ctx context.Context) ([]Entry, error) {
 	out := slices.Clone(f.content.inline)
-	for i := range f.content.blocks {
-		e, err := f.readBlock(ctx, i)
-		if err != nil {
-			return nil, err
+	for _, s := range f.content.slabs {
+		var first, end int64
+		for _, p := range f.content.blocks {
+			if SlabAt(p.off) == s && (end == 0 || p.off < first) {
+				first = p.off
+			}
+			if SlabAt(p.off) == s {
+				end = max(end, p.off+folderBlock)
+			}
 		}
-		out = append(out, e...)
+		if end == 0 {
+			continue
+		}
+		b := block.AlignedBuffer(int(end - first))
+		if err := f.v.dev.ReadAt(ctx, b, first); err != nil {
+			return nil, fmt.Errorf("read folder %v: %w", f.ref, err)
+		}
+		for _, p := range f.content.blocks {
+			if SlabAt(p.off) != s {
+				continue
+			}
+			e, err := decodeBlock(b[p.off-first:p.off-first+folderBlock], f.v.sb.Volume, f.ref, p)
+			if err != nil {
+				return nil, err
+			}
+			out = append(out, e...)
+		}
 	}
 	return out, nil
 }
@@ -70,15 +91,32 @@ func (f *folder) readBlock(ctx context.Context, i int) ([]Entry, error) {
 	return decodeBlock(b, f.v.sb.Volume, f.ref, p)
 }
 
-// entries lists a folder without its lock: it walks again when the header changed
-// meanwhile, and takes the lock when that happens too often.
+// entries lists a folder without its lock.
 func (v *Volume) entries(ctx context.Context, ref Ref) ([]Entry, error) {
+	o, err := v.OpenView(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	return v.entriesOf(ctx, o)
+}
+
+// entriesOf lists a folder without its lock. What looks damaged because the folder
+// was removed meanwhile, and its place used again, is not found.
+func (v *Volume) entriesOf(ctx context.Context, o *Object) ([]Entry, error) {
+	entries, err := v.walkEntries(ctx, o)
+	if isDamage(err) {
+		if live, lerr := v.IsLive(ctx, o.ref); lerr == nil && !live {
+			return nil, fmt.Errorf("object %v: %w: it was removed meanwhile", o.ref, ErrNotFound)
+		}
+	}
+	return entries, err
+}
+
+// walkEntries reads the entries again when the header changed meanwhile, and takes
+// the lock when that happens too often.
+func (v *Volume) walkEntries(ctx context.Context, o *Object) ([]Entry, error) {
 	var last error
 	for range viewReads {
-		o, err := v.OpenView(ctx, ref)
-		if err != nil {
-			return nil, err
-		}
 		f, err := loadFolder(ctx, o)
 		if err != nil {
 			return nil, err
@@ -96,7 +134,7 @@ func (v *Volume) entries(ctx context.Context, ref Ref) ([]Entry, error) {
 	if v.session == nil {
 		return nil, last
 	}
-	f, err := v.openFolder(ctx, ref)
+	f, err := v.openFolder(ctx, o.ref)
 	if err != nil {
 		return nil, err
 	}

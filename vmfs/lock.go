@@ -17,6 +17,7 @@ type Lock struct {
 	v      *Volume
 	slot   uint32
 	mode   LockMode
+	img    []byte // the lock unit as this mount left it
 	record LockRecord
 	before LockRecord // as it was before the acquisition
 }
@@ -132,10 +133,10 @@ func (v *Volume) take(ctx context.Context, slot uint32, mode LockMode) (*Lock, b
 			return nil, blocker{*holder, was.Since}, nil
 		}
 		// Not with ctx: a command that is under way must not be left behind.
-		_, err = p.Swap(context.WithoutCancel(ctx), v.dev, img, next.Encode(img), v.nonce)
+		r, err := p.Swap(context.WithoutCancel(ctx), v.dev, img, next.Encode(img), v.nonce)
 		switch {
 		case err == nil:
-			return &Lock{v: v, slot: slot, mode: mode, record: next, before: *was}, blocker{}, nil
+			return &Lock{v: v, slot: slot, mode: mode, img: r.Image, record: next, before: *was}, blocker{}, nil
 		case errors.Is(err, unit.ErrConflict), errors.Is(err, unit.ErrNotExecuted):
 			continue
 		}
@@ -147,10 +148,11 @@ func (v *Volume) take(ctx context.Context, slot uint32, mode LockMode) (*Lock, b
 // do not wait for a holder that does not know of it. A command that is still on its
 // way takes no effect any more.
 func (v *Volume) disown(ctx context.Context, slot uint32) error {
-	if _, err := v.supersede(context.WithoutCancel(ctx), v.lockPlace(slot), func([]byte) (bool, error) { return true, nil }); err != nil {
+	img, err := v.supersede(context.WithoutCancel(ctx), v.lockPlace(slot), func([]byte) (bool, error) { return true, nil })
+	if err != nil {
 		return err
 	}
-	return v.giveUp(ctx, slot)
+	return v.giveUp(ctx, slot, img)
 }
 
 // claimOf computes the record after taking a lock with record was, or who alive is
@@ -237,14 +239,15 @@ func (v *Volume) describe(ctx context.Context, slot uint32) string {
 // its end even when ctx is cancelled, unless the lease is lost.
 func (l *Lock) release(ctx context.Context) error {
 	defer l.v.locals.leave(l.slot)
-	return l.v.giveUp(ctx, l.slot)
+	return l.v.giveUp(ctx, l.slot, l.img)
 }
 
-// giveUp takes this mount out of a slot's lock record, if it is there.
-func (v *Volume) giveUp(ctx context.Context, slot uint32) error {
+// giveUp takes this mount out of a slot's lock record, if it is there. img is the
+// lock unit as it was last seen.
+func (v *Volume) giveUp(ctx context.Context, slot uint32, img []byte) error {
 	p := v.lockPlace(slot)
 	me := v.self()
-	_, err := v.change(context.WithoutCancel(ctx), p, func(img []byte) ([]byte, error) {
+	_, err := v.changeFrom(context.WithoutCancel(ctx), p, img, func(img []byte) ([]byte, error) {
 		r, err := DecodeLock(p, img)
 		if err != nil {
 			return nil, err

@@ -41,9 +41,11 @@ func (v *Volume) Lookup(ctx context.Context, path string) (Info, error) {
 		return Info{}, err
 	}
 	at := Info{Ref: rootRef, Kind: KindFolder}
-	if _, id, err := v.readIdentity(ctx, rootSlot); err != nil {
-		return Info{}, err
-	} else {
+	if len(names) == 0 {
+		_, id, err := v.readIdentity(ctx, rootSlot)
+		if err != nil {
+			return Info{}, err
+		}
 		at.Identity = *id
 	}
 	for i, name := range names {
@@ -59,9 +61,10 @@ func (v *Volume) Lookup(ctx context.Context, path string) (Info, error) {
 	return at, nil
 }
 
-// find looks a name up in a folder without its lock.
+// find looks a name up in a folder, which has just been seen to be one, without its
+// lock.
 func (v *Volume) find(ctx context.Context, folder Ref, name string) (Info, error) {
-	entries, err := v.entries(ctx, folder)
+	entries, err := v.entriesOf(ctx, &Object{v: v, ref: folder, kind: KindFolder})
 	if err != nil {
 		return Info{}, err
 	}

@@ -174,6 +174,13 @@ func tree(t *testing.T, v *vmfs.Volume) map[string]string {
 			if err != nil {
 				return err
 			}
+			for _, s := range decodeDisk(h.Payload).slabs {
+				b := make([]byte, diskContent)
+				if err := v.Device().ReadAt(t.Context(), b, vmfs.SlabOff(s)); err != nil {
+					return err
+				}
+				out[path] += fmt.Sprintf(" %08x", crc32.ChecksumIEEE(b))
+			}
 			out[path] += fmt.Sprintf(" origin %v, published %v, %d slabs", h.Origin, live, len(decodeDisk(h.Payload).slabs))
 		}
 		return nil

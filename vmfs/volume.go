@@ -45,6 +45,7 @@ type MountOptions struct {
 	Server   bool          // serves for long; two servers of one name are refused
 	Nonce    func() uint64 // random numbers; default: the system's
 	OnBreak  func(lease.BreakReport)
+	Vouched  []string // hosts that a person says are down; see lease.Options
 }
 
 func areaOf(sb *Superblock) lease.Area {
@@ -89,7 +90,7 @@ func Mount(ctx context.Context, dev block.Device, fencer block.Fencer, clk clock
 	}
 	v.session, err = lease.Claim(ctx, dev, fencer, clk, log, areaOf(&v.sb), lease.Options{
 		HostName: opts.HostName, HostID: opts.HostID, Process: opts.Process, Server: opts.Server,
-		Lease: v.sb.Lease, Nonce: v.nonce, OnBreak: opts.OnBreak,
+		Lease: v.sb.Lease, Nonce: v.nonce, OnBreak: opts.OnBreak, Vouched: opts.Vouched,
 	})
 	if err != nil {
 		return nil, err
@@ -163,6 +164,15 @@ func (v *Volume) ownerPlace(u uint32) unit.Place {
 // attempts, never a command that is under way.
 func (v *Volume) change(ctx context.Context, p unit.Place, edit func(img []byte) ([]byte, error)) ([]byte, error) {
 	img, _, err := p.Read(ctx, v.dev)
+	if err != nil {
+		return nil, err
+	}
+	return v.changeFrom(ctx, p, img, edit)
+}
+
+// changeFrom is change, beginning with an image that was read or written before.
+func (v *Volume) changeFrom(ctx context.Context, p unit.Place, img []byte, edit func(img []byte) ([]byte, error)) ([]byte, error) {
+	var err error
 	for err == nil {
 		body, eerr := edit(img)
 		if eerr != nil || body == nil {

@@ -26,7 +26,7 @@ func newLUN(t *testing.T, sizeBytes int64, logical int) *simdev.LUN {
 	t.Helper()
 	lun := simdev.New(simdev.Options{SizeBytes: sizeBytes, LogicalBytes: logical, Seed: 1})
 	dev := lun.Host("mkfs")
-	if err := vmfs.Format(t.Context(), dev, clock.System{}, vmfs.FormatOptions{Volume: testVolume, Label: "test"}); err != nil {
+	if err := vmfs.Format(t.Context(), dev, clock.System{}, vmfs.FormatOptions{Volume: testVolume, Label: "test", Lease: siteLease}); err != nil {
 		t.Fatal(err)
 	}
 	if err := dev.Close(); err != nil {

@@ -30,10 +30,23 @@ type guards struct {
 	generation map[int]uint32 // by slot
 }
 
-// Kinds is FenceOFD on a writable regular file of a local filesystem, else none.
+// Kinds is FenceOFD on a writable regular file of a local filesystem, and
+// FenceExclusive on a block device, which one open at a time can write; else none.
 func (d *Device) Kinds() block.FenceKinds {
-	if d.geo.SharedCAW && !d.opts.ReadOnly {
+	if d.opts.ReadOnly {
+		return 0
+	}
+	return d.witnesses()
+}
+
+// witnesses are the methods whose effect on others this Device can see, also when
+// it is open for reading only.
+func (d *Device) witnesses() block.FenceKinds {
+	switch {
+	case d.geo.SharedCAW:
 		return block.FenceOFD
+	case d.blockDev && !d.opts.ReadOnly:
+		return block.FenceExclusive
 	}
 	return 0
 }
@@ -42,6 +55,10 @@ func (d *Device) checkSlot(slot int) error {
 	if d.Kinds() == 0 {
 		return fmt.Errorf("filedev: fencing on %s: %w", d.path, block.ErrNotSupported)
 	}
+	return checkSlotNumber(slot)
+}
+
+func checkSlotNumber(slot int) error {
 	if slot < 0 || slot >= maxSlots {
 		return fmt.Errorf("filedev: slot %d is not below %d: %w", slot, maxSlots, block.ErrOutOfRange)
 	}
@@ -63,7 +80,7 @@ func (d *Device) Guard(ctx context.Context, slot int, generation uint32) error {
 	if have, ok := d.guards.generation[slot]; ok {
 		return fmt.Errorf("filedev: slot %d of %s: %w: this device guards its generation %d", slot, d.path, block.ErrBusy, have)
 	}
-	err := setLock(d.fd, unix.F_WRLCK, slotLockBase+int64(slot), 1)
+	err := d.lockSlot(unix.F_WRLCK, slot)
 	if isLockHeld(err) {
 		return fmt.Errorf("filedev: slot %d of %s: %w", slot, d.path, block.ErrBusy)
 	}
@@ -91,11 +108,20 @@ func (d *Device) Unguard(ctx context.Context, slot int) error {
 	if _, ok := d.guards.generation[slot]; !ok {
 		return fmt.Errorf("filedev: slot %d of %s is not guarded by this device", slot, d.path)
 	}
-	if err := setLock(d.fd, unix.F_UNLCK, slotLockBase+int64(slot), 1); err != nil {
+	if err := d.lockSlot(unix.F_UNLCK, slot); err != nil {
 		return fmt.Errorf("filedev: unguard slot %d of %s: %w", slot, d.path, err)
 	}
 	delete(d.guards.generation, slot)
 	return nil
+}
+
+// lockSlot changes the lock of a slot's byte. A device that is opened exclusively
+// needs none.
+func (d *Device) lockSlot(kind int16, slot int) error {
+	if d.blockDev {
+		return nil
+	}
+	return setLock(d.fd, kind, slotLockBase+int64(slot), 1)
 }
 
 // Gone is true when a holder of this boot no longer has its lock. Of another boot
@@ -105,10 +131,10 @@ func (d *Device) Gone(ctx context.Context, h block.Holder) (bool, error) {
 		return false, err
 	}
 	defer d.end()
-	if d.Kinds()&h.Fencers == 0 {
+	if d.witnesses()&h.Fencers == 0 {
 		return false, nil
 	}
-	if err := d.checkSlot(h.Slot); err != nil {
+	if err := checkSlotNumber(h.Slot); err != nil {
 		return false, err
 	}
 	boot, err := bootID()
@@ -137,6 +163,9 @@ func (d *Device) Fence(ctx context.Context, h block.Holder) error {
 		return fmt.Errorf("filedev: fence slot %d of %s: holder advertises %v: %w", h.Slot, d.path, h.Fencers, block.ErrNotSupported)
 	}
 	if err := d.checkSlot(h.Slot); err != nil {
+		return err
+	}
+	if err := d.mayJudge(h); err != nil {
 		return err
 	}
 	if generation, mine := d.guarded(h.Slot); mine {
@@ -171,6 +200,22 @@ func (d *Device) Fence(ctx context.Context, h block.Holder) error {
 	}
 }
 
+// mayJudge refuses to speak of another machine's holder on a block device: the
+// exclusive open reaches only this machine's processes.
+func (d *Device) mayJudge(h block.Holder) error {
+	if !d.blockDev {
+		return nil
+	}
+	id, err := MachineID()
+	if err != nil {
+		return err
+	}
+	if id != h.HostID {
+		return fmt.Errorf("filedev: fence slot %d of %s: the holder is another machine: %w", h.Slot, d.path, block.ErrNotSupported)
+	}
+	return nil
+}
+
 func (d *Device) guarded(slot int) (generation uint32, mine bool) {
 	d.guards.mu.Lock()
 	defer d.guards.mu.Unlock()
@@ -190,8 +235,12 @@ func (d *Device) awaitSlotFree(ctx context.Context, slot int) error {
 	}
 }
 
-// slotFree tells whether no other open file description has the slot's lock.
+// slotFree tells whether no other open file description has the slot's lock. On a
+// block device no other is open for writing.
 func (d *Device) slotFree(slot int) (bool, error) {
+	if d.blockDev {
+		return true, nil
+	}
 	lock := unix.Flock_t{Type: unix.F_WRLCK, Start: slotLockBase + int64(slot), Len: 1}
 	_, err := retryEINTR(func() (int, error) { return 0, unix.FcntlFlock(uintptr(d.fd), unix.F_OFD_GETLK, &lock) })
 	if err != nil {

@@ -124,11 +124,37 @@ func TestBlockDevice(t *testing.T) {
 			}
 		}
 		open(t, dev, filedev.Options{ReadOnly: true})
-		if first.Geometry().SharedCAW || first.Kinds() != 0 {
-			t.Error("a block device claims locks that other kernels cannot see")
+		if first.Geometry().SharedCAW || first.Kinds() != block.FenceExclusive {
+			t.Error("a block device claims locks that other kernels can see")
 		}
-		if err := first.Guard(t.Context(), 0, 1); !errors.Is(err, block.ErrNotSupported) {
-			t.Errorf("guard: %v, want %v", err, block.ErrNotSupported)
+		if err := first.Guard(t.Context(), 0, 1); err != nil {
+			t.Errorf("guard: %v", err)
+		}
+	})
+	t.Run("an earlier writer of this machine is gone, another's is not known", func(t *testing.T) {
+		d := open(t, dev, filedev.Options{})
+		self, err := filedev.Self()
+		if err != nil {
+			t.Fatal(err)
+		}
+		machine, err := filedev.MachineID()
+		if err != nil {
+			t.Fatal(err)
+		}
+		h := block.Holder{Slot: 3, Generation: 1, HostID: machine, Process: self, Fencers: block.FenceExclusive}
+		if gone, err := d.Gone(t.Context(), h); err != nil || !gone {
+			t.Errorf("an earlier process of this boot: gone %v, %v", gone, err)
+		}
+		h.Process.BootID[0] ^= 1
+		if gone, err := d.Gone(t.Context(), h); err != nil || gone {
+			t.Errorf("an earlier boot: gone %v, %v", gone, err)
+		}
+		if err := d.Fence(t.Context(), h); err != nil {
+			t.Errorf("fence of an earlier boot: %v", err)
+		}
+		h.HostID[0] ^= 1
+		if err := d.Fence(t.Context(), h); !errors.Is(err, block.ErrNotSupported) {
+			t.Errorf("fence of another machine's holder: %v", err)
 		}
 	})
 }

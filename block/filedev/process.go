@@ -40,15 +40,25 @@ func Self() (block.Process, error) {
 	return p, nil
 }
 
-func bootID() (id [16]byte, err error) {
-	const path = "/proc/sys/kernel/random/boot_id"
+// MachineID is the machine's id (machine-id(5)) or, where it has none, its boot's.
+func MachineID() ([16]byte, error) {
+	if id, err := readID("/etc/machine-id"); err == nil {
+		return id, nil
+	}
+	return bootID()
+}
+
+func bootID() ([16]byte, error) { return readID("/proc/sys/kernel/random/boot_id") }
+
+// readID reads a file of 32 hexadecimal digits, with or without dashes.
+func readID(path string) (id [16]byte, err error) {
 	text, err := os.ReadFile(path)
 	if err != nil {
-		return id, fmt.Errorf("filedev: boot id: %w", err)
+		return id, fmt.Errorf("filedev: id: %w", err)
 	}
 	digits := strings.ReplaceAll(strings.TrimSpace(string(text)), "-", "")
 	if n, err := hex.Decode(id[:], []byte(digits)[:min(len(digits), 32)]); err != nil || n != len(id) {
-		return id, fmt.Errorf("filedev: boot id: %s holds %q", path, text)
+		return id, fmt.Errorf("filedev: id: %s holds %q", path, text)
 	}
 	return id, nil
 }

@@ -72,7 +72,7 @@ func (p Place) Swap(ctx context.Context, dev block.Device, old, body []byte, non
 // definite tells the errors that a device returns before it issues anything.
 func definite(err error) bool {
 	return errors.Is(err, block.ErrNotSupported) || errors.Is(err, block.ErrOutOfRange) ||
-		errors.Is(err, block.ErrMisaligned) || errors.Is(err, block.ErrClosed) || errors.Is(err, block.ErrFenced)
+		errors.Is(err, block.ErrMisaligned) || errors.Is(err, block.ErrClosed) || errors.Is(err, block.ErrFenced) || errors.Is(err, block.ErrBusy)
 }
 
 func (p Place) resolve(ctx context.Context, dev block.Device, old, next []byte, nonce func() uint64, cause error) (Result, error) {

@@ -7,12 +7,12 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
 
-	"basalt/block"
 	"basalt/block/filedev"
 	"basalt/datastore"
 	"basalt/lease"
@@ -126,7 +126,7 @@ func refuseMounted(ctx context.Context, lun string, dev *filedev.Device) error {
 	}
 	for _, s := range live {
 		r := s.Register
-		gone, err := dev.Gone(ctx, block.Holder{Slot: s.Slot, Generation: r.Generation, Process: r.Process, Fencers: r.Fencers})
+		gone, err := dev.Gone(ctx, s.Holder())
 		if err != nil {
 			return err
 		}
@@ -323,30 +323,54 @@ host is alive after all and writes on, data is lost: look at the machine first.`
 }
 
 func (a *app) confirmDown(ctx context.Context, lun, host string) error {
-	return a.withMount(ctx, lun, func(ds *datastore.Datastore) error {
-		hosts, err := ds.Volume().Hosts(ctx)
-		if err != nil {
-			return err
-		}
-		s := ds.Volume().Session()
-		var found []lease.SlotView
-		for _, h := range hosts {
-			if h.Err == nil && h.Register.HostName == host && h.Slot != s.Slot() && (h.Register.Phase == lease.Live || h.Register.Phase == lease.Kill) {
-				found = append(found, h)
-			}
-		}
-		if len(found) == 0 {
-			return fmt.Errorf("host %q has no slot on %s: %w", host, lun, vmfs.ErrNotFound)
-		}
-		if err := a.confirm("take all disks of host %q away from it; it must be powered off", host); err != nil {
-			return err
-		}
-		for _, h := range found {
-			if err := s.ConfirmDown(ctx, h.Slot, h.Register.Generation); err != nil && !errors.Is(err, lease.ErrDead) {
-				return err
-			}
-			fmt.Fprintf(a.out, "host %q (slot %d, generation %d) is down; its disks can be opened elsewhere\n", host, h.Slot, h.Register.Generation)
-		}
-		return nil
+	err := a.withView(ctx, lun, func(ds *datastore.Datastore) error {
+		_, err := slotsOf(ctx, ds, lun, host)
+		return err
 	})
+	if err != nil {
+		return err
+	}
+	if err := a.confirm("take all disks of host %q away from it; it must be powered off", host); err != nil {
+		return err
+	}
+	// On a device that only one host can use, the mount itself needs the word.
+	h := a.host()
+	h.Vouched = []string{host}
+	ds, err := store.Mount(ctx, lun, h, a.clk, a.log)
+	if err != nil {
+		return err
+	}
+	err = a.breakVouched(ctx, ds, lun, host)
+	return errors.Join(err, ds.Close(context.WithoutCancel(ctx)))
+}
+
+func (a *app) breakVouched(ctx context.Context, ds *datastore.Datastore, lun, host string) error {
+	found, err := slotsOf(ctx, ds, lun, host)
+	if err != nil && !errors.Is(err, vmfs.ErrNotFound) {
+		return err
+	}
+	s := ds.Volume().Session()
+	for _, h := range found {
+		if h.Slot == s.Slot() {
+			continue
+		}
+		if err := s.ConfirmDown(ctx, h.Slot, h.Register.Generation); err != nil && !errors.Is(err, lease.ErrDead) {
+			return err
+		}
+	}
+	fmt.Fprintf(a.out, "host %q is down; its disks can be opened elsewhere\n", host)
+	return nil
+}
+
+// slotsOf lists the slots that a host of the name has.
+func slotsOf(ctx context.Context, ds *datastore.Datastore, lun, host string) ([]lease.SlotView, error) {
+	all, err := ds.Volume().Hosts(ctx)
+	if err != nil {
+		return nil, err
+	}
+	found := slices.DeleteFunc(all, func(h lease.SlotView) bool { return !inUse(h) || h.Register.HostName != host })
+	if len(found) == 0 {
+		return nil, fmt.Errorf("host %q has no slot on %s: %w", host, lun, vmfs.ErrNotFound)
+	}
+	return found, nil
 }

@@ -51,8 +51,7 @@ func (a *app) fsHosts() *cobra.Command {
 // hosts looks at all slots twice, more than a heartbeat apart where a host has one,
 // to tell the living from the silent.
 func (a *app) hosts(ctx context.Context, lun string) ([]hostInfo, error) {
-	// For writing: only such a device can tell whether a holder's lock is gone.
-	dev, err := store.OpenDevice(lun, false)
+	dev, err := store.OpenDevice(lun, true)
 	if err != nil {
 		return nil, err
 	}
@@ -111,7 +110,7 @@ func inUse(s lease.SlotView) bool {
 
 func stateOf(ctx context.Context, f block.Fencer, was, is lease.SlotView) (string, error) {
 	r := is.Register
-	gone, err := f.Gone(ctx, block.Holder{Slot: is.Slot, Generation: r.Generation, Process: r.Process, Fencers: r.Fencers})
+	gone, err := f.Gone(ctx, is.Holder())
 	switch {
 	case err != nil:
 		return "", err
