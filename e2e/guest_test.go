@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
 	"time"
 
@@ -27,12 +28,78 @@ const vmUser = 2000031
 // guestPatience bounds a guest's whole life under TCG.
 const guestPatience = 4 * time.Minute
 
-// vm is a running guest and what it has said.
+// vm is a running guest and what it has said. Its console is always read: a guest
+// whose words nobody takes stands still.
 type vm struct {
 	*hypervisor.VM
-	t       *testing.T
-	console *guest.Console
-	acked   uint64
+	t    *testing.T
+	read chan struct{} // closed at the console's end
+
+	mu    sync.Mutex // guards the rest
+	acked uint64     // newest record that the guest called durable
+	done  bool       // the guest powers off
+	wrong string     // what it complained of
+}
+
+func (v *vm) listen(c *guest.Console) {
+	defer close(v.read)
+	for {
+		line, err := c.Next()
+		if err != nil {
+			return
+		}
+		v.mu.Lock()
+		switch line.Kind {
+		case guest.LineAck:
+			v.acked = line.Seq
+		case guest.LineBad, guest.LineError:
+			v.wrong = line.String()
+		case guest.LineDone:
+			v.done = true
+		case guest.LineOther, guest.LineReady, guest.LineVerified:
+		}
+		v.mu.Unlock()
+	}
+}
+
+// state is the newest acknowledged record, and whether the guest powers off.
+func (v *vm) state() (acked uint64, done bool) {
+	v.t.Helper()
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.wrong != "" {
+		v.t.Fatalf("guest %s says %q after record %d", v.Name(), v.wrong, v.acked)
+	}
+	return v.acked, v.done
+}
+
+// writes waits for n further records and returns the newest.
+func (v *vm) writes(n uint64) uint64 {
+	v.t.Helper()
+	from, _ := v.state()
+	eventually(v.t, guestPatience, fmt.Sprintf("guest %s writes record %d", v.Name(), from+n), func() bool {
+		acked, done := v.state()
+		return acked >= from+n || done
+	})
+	acked, _ := v.state()
+	return acked
+}
+
+// off waits for the guest's own power-off and returns the newest record.
+func (v *vm) off() uint64 {
+	v.t.Helper()
+	eventually(v.t, guestPatience, "guest "+v.Name()+" powers off", func() bool {
+		_, done := v.state()
+		return done
+	})
+	ctx, cancel := context.WithTimeout(v.t.Context(), time.Minute)
+	defer cancel()
+	if exit, err := v.Wait(ctx); err != nil || exit.Code != 0 || exit.Signal != 0 {
+		v.t.Fatalf("guest %s ended as %v, %v; want a power-off", v.Name(), exit, err)
+	}
+	<-v.read
+	acked, _ := v.state()
+	return acked
 }
 
 // guestServer starts a server whose socket a guest's QEMU may use.
@@ -79,52 +146,16 @@ func (s *site) boot(name, socket, export string, opts guest.Options) *vm {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { conn.Close() })
-	if err := conn.SetReadDeadline(clock.System{}.Wall().Add(guestPatience)); err != nil {
-		t.Fatal(err)
-	}
+	g := &vm{VM: v, t: t, read: make(chan struct{})}
+	go g.listen(guest.NewConsole(conn))
+	t.Cleanup(func() {
+		conn.Close()
+		<-g.read
+	})
 	if err := v.Resume(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	return &vm{VM: v, t: t, console: guest.NewConsole(conn)}
-}
-
-// until reads the console until stop is true of a line, and counts what was
-// acknowledged.
-func (v *vm) until(stop func(guest.Line) bool) guest.Line {
-	v.t.Helper()
-	for {
-		line, err := v.console.Next()
-		if err != nil {
-			v.t.Fatalf("console of %s: %v, after record %d", v.Name(), err, v.acked)
-		}
-		switch line.Kind {
-		case guest.LineAck:
-			v.acked = line.Seq
-		case guest.LineBad, guest.LineError:
-			v.t.Fatalf("guest %s says %q", v.Name(), line)
-		}
-		if stop(line) {
-			return line
-		}
-	}
-}
-
-// untilAcked reads until record seq is on the disk.
-func (v *vm) untilAcked(seq uint64) {
-	v.t.Helper()
-	v.until(func(l guest.Line) bool { return l.Kind == guest.LineAck && l.Seq >= seq })
-}
-
-// off waits for the guest's own power-off.
-func (v *vm) off() {
-	v.t.Helper()
-	v.until(func(l guest.Line) bool { return l.Kind == guest.LineDone })
-	ctx, cancel := context.WithTimeout(v.t.Context(), time.Minute)
-	defer cancel()
-	if exit, err := v.Wait(ctx); err != nil || exit.Code != 0 || exit.Signal != 0 {
-		v.t.Fatalf("guest %s ended as %v, %v; want a power-off", v.Name(), exit, err)
-	}
+	return g
 }
 
 // verifyDisk exports a disk and judges the guest's records on it.
@@ -152,32 +183,33 @@ func TestGuestLivesThroughKilledServers(t *testing.T) {
 	s.ok("disk", "create", s.at("/d"), "--size", "64M")
 	v := s.guestServer()
 	g := s.boot("g", v.socket, "d", guest.Options{Mode: guest.ModeWrite, Count: 1500, Delay: time.Millisecond})
-	for round := range uint64(4) {
-		g.untilAcked(g.acked + 150)
+	var snapped uint64
+	for round := range 4 {
+		at := g.writes(150)
 		if round == 2 {
 			s.ok("disk", "snapshot", "create", s.at("/d"), "running")
+			snapped = at
 		}
-		at := g.acked
 		v.kill()
 		v = s.guestServer()
-		g.untilAcked(at + 50)
+		g.writes(50)
 	}
-	g.off()
+	acked := g.off()
 	v.stop()
-	rep := s.verifyDisk("/d", g.acked)
-	if g.acked != 1500 || rep.Last != 1500 {
-		t.Errorf("acknowledged %d, on the disk %d; want 1500", g.acked, rep.Last)
+	rep := s.verifyDisk("/d", acked)
+	if acked != 1500 || rep.Last != 1500 {
+		t.Errorf("acknowledged %d, on the disk %d; want 1500", acked, rep.Last)
 	}
 	for e := range g.Events() {
 		if e.Name == "BLOCK_IO_ERROR" {
 			t.Errorf("an outage reached the guest: %s", e.Data)
 		}
 	}
-	if rep := s.verifyDisk("/d@running", 450); rep.Last >= 1500 {
+	if rep := s.verifyDisk("/d@running", snapped); rep.Last >= 1500 {
 		t.Errorf("the snapshot of the running guest shows %+v", rep)
 	}
 	s.checkClean()
-	t.Logf("the guest wrote %d records over 5 servers; snapshot and disk verify", g.acked)
+	t.Logf("the guest wrote %d records over 5 servers; snapshot and disk verify", acked)
 }
 
 // A full volume pauses the guest; space brings it back, and it never hears of it.
@@ -197,13 +229,13 @@ func TestGuestWaitsForSpace(t *testing.T) {
 	if err := g.Resume(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	g.off()
+	acked := g.off()
 	v.stop()
-	if rep := s.verifyDisk("/d", g.acked); rep.Last != 4096 {
+	if rep := s.verifyDisk("/d", acked); rep.Last != 4096 {
 		t.Errorf("the disk shows %+v; want 4096 records", rep)
 	}
 	s.checkClean()
-	t.Logf("paused when the volume was full, went on to record %d", g.acked)
+	t.Logf("paused when the volume was full, went on to record %d", acked)
 }
 
 // awaitNoSpace waits until the guest stands still for want of space.

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -42,15 +43,23 @@ func start(t *testing.T, name string, cmd *exec.Cmd) *process {
 		cmd.SysProcAttr = &syscall.SysProcAttr{}
 	}
 	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
-	if err := cmd.Start(); err != nil {
-		t.Fatalf("%s: %v", name, err)
-	}
-	w.Close()
+	started := make(chan error)
 	go func() {
 		defer close(p.done)
+		// The signal comes when the thread dies that started the process: it is kept.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		err := cmd.Start()
+		w.Close()
+		started <- err
 		p.read(out)
-		_ = cmd.Wait() // ProcessState tells
+		if err == nil {
+			_ = cmd.Wait() // ProcessState tells
+		}
 	}()
+	if err := <-started; err != nil {
+		t.Fatalf("%s: %v", name, err)
+	}
 	t.Cleanup(func() {
 		_ = cmd.Process.Kill() // it may have ended
 		_ = cmd.Process.Signal(syscall.SIGCONT)

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os/exec"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -42,10 +43,19 @@ func openDisk(t *testing.T, socket, export string, reconnect time.Duration) *qem
 		t.Fatal(err)
 	}
 	q.cmd.Stderr = q.cmd.Stdout
-	if err := q.cmd.Start(); err != nil {
+	started := make(chan error)
+	go func() {
+		runtime.LockOSThread() // see runToItsEnd
+		defer runtime.UnlockOSThread()
+		err := q.cmd.Start()
+		started <- err
+		if err == nil {
+			q.read(out)
+		}
+	}()
+	if err := <-started; err != nil {
 		t.Fatal(err)
 	}
-	go q.read(out)
 	t.Cleanup(func() {
 		_ = q.cmd.Process.Kill() // it may have ended
 		for range q.answers {    // until the reader has ended

@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -27,8 +28,8 @@ import (
 // commandTimeout bounds a command that is not expected to wait for anything.
 const commandTimeout = 90 * time.Second
 
-// binary is the program under test.
-func binary(t *testing.T) string {
+// builtProgram is the program under test.
+func builtProgram(t *testing.T) string {
 	t.Helper()
 	path, err := filepath.Abs("../bin/basalt")
 	if err != nil {
@@ -69,7 +70,7 @@ func emptySite(t *testing.T) *site {
 			t.Error(err)
 		}
 	})
-	return &site{t: t, bin: binary(t), dir: dir, lun: filepath.Join(dir, "lun"), host: "a"}
+	return &site{t: t, bin: builtProgram(t), dir: dir, lun: filepath.Join(dir, "lun"), host: "a"}
 }
 
 // as is the same site, seen by another host.
@@ -98,6 +99,14 @@ func (s *site) command(ctx context.Context, args ...string) *exec.Cmd {
 	return cmd
 }
 
+// runToItsEnd runs a command that dies with the test. The kernel means the thread
+// that started it, so that is kept until the command has ended.
+func runToItsEnd(cmd *exec.Cmd) error {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	return cmd.Run()
+}
+
 // run runs the program with nothing on its standard input.
 func (s *site) run(args ...string) result { return s.runWith(nil, args...) }
 
@@ -105,18 +114,23 @@ func (s *site) runWith(stdin []byte, args ...string) result {
 	s.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), commandTimeout)
 	defer cancel()
-	cmd := s.command(ctx, args...)
+	r, err := s.attempt(s.command(ctx, args...), stdin)
+	if err = errors.Join(ctx.Err(), err); err != nil {
+		s.t.Fatalf("basalt %q: %v: %s", args, err, r.err)
+	}
+	return r
+}
+
+// attempt runs a command of the program. The error is of running it at all.
+func (s *site) attempt(cmd *exec.Cmd, stdin []byte) (result, error) {
 	cmd.Stdin = bytes.NewReader(stdin)
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
-	err := cmd.Run()
-	if ctx.Err() != nil {
-		s.t.Fatalf("basalt %q did not end in %v: %s", args, commandTimeout, errs.String())
+	err := runToItsEnd(cmd)
+	if _, exited := errors.AsType[*exec.ExitError](err); exited {
+		err = nil
 	}
-	if _, exited := errors.AsType[*exec.ExitError](err); err != nil && !exited {
-		s.t.Fatalf("basalt %q: %v", args, err)
-	}
-	return result{code: cmd.ProcessState.ExitCode(), out: out.String(), err: errs.String()}
+	return result{code: cmd.ProcessState.ExitCode(), out: out.String(), err: errs.String()}, err
 }
 
 // ok demands success and returns the standard output.
@@ -191,14 +205,14 @@ func tryTool(t *testing.T, name string, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, needTool(t, name), args...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	cmd.Dir = t.TempDir() // fio leaves files behind
-	var errs bytes.Buffer
-	cmd.Stderr = &errs
-	out, err := cmd.Output()
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	err := runToItsEnd(cmd)
 	if err != nil {
-		said := strings.TrimSpace(errs.String() + string(out))
+		said := strings.TrimSpace(errs.String() + out.String())
 		err = errors.Join(ctx.Err(), err, errors.New(said[:min(len(said), maxSaid)]))
 	}
-	return string(out), err
+	return out.String(), err
 }
 
 // maxSaid bounds what is shown of a failed tool's output, in bytes.

@@ -15,7 +15,11 @@ import (
 // lease that the holder advertises, unless that is gone. When ctx ends, a break
 // may be left half done; whoever breaks the generation next finishes it.
 func (s *Session) Break(ctx context.Context, slot int, generation uint32) error {
-	return s.breakObserved(ctx, slot, generation, 0, Window{}).Err
+	report := s.breakObserved(ctx, slot, generation, 0, Window{})
+	if report.Err == nil && !report.ByOther {
+		s.tell(report, false)
+	}
+	return report.Err
 }
 
 // ConfirmDown is Break with a person who vouches that the holder is down. The

@@ -31,8 +31,8 @@ type Options struct {
 	// slot: those of the names are then broken by that word, see ConfirmDown.
 	Vouched []string
 
-	// OnBreak is called after each break that Watch has tried, from a goroutine for
-	// each; may be nil.
+	// OnBreak is called after each break that Watch has tried and each that Break has
+	// brought to its end, from the goroutine that broke; may be nil.
 	OnBreak func(BreakReport)
 }
 

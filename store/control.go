@@ -62,6 +62,9 @@ const controlTimeout = 30 * time.Second
 // pingTimeout is how long a host may take to answer VerbPing.
 const pingTimeout = 5 * time.Second
 
+// pingEvery is how often a host that works at a request is pinged meanwhile.
+const pingEvery = 2 * time.Second
+
 // DecodeRequest reads one request.
 func DecodeRequest(b []byte) (Request, error) {
 	var r Request

@@ -21,7 +21,7 @@ func Execute(ctx context.Context, lun string, h Host, clk clock.Clock, log *slog
 	if err != nil {
 		return Response{}, err
 	}
-	resp, err := askHolder(ctx, view, h, req)
+	resp, err := askHolder(ctx, view, h, clk, req)
 	if errors.Is(err, ErrNoControl) && req.Verb == VerbInfo {
 		resp, err = Do(ctx, view, req)
 	}
@@ -39,7 +39,7 @@ func Execute(ctx context.Context, lun string, h Host, clk clock.Clock, log *slog
 
 // askHolder sends the request to the host on this machine that holds its disk;
 // ErrNoControl when there is none.
-func askHolder(ctx context.Context, view *datastore.Datastore, h Host, req Request) (Response, error) {
+func askHolder(ctx context.Context, view *datastore.Datastore, h Host, clk clock.Clock, req Request) (Response, error) {
 	info, err := view.Volume().Lookup(ctx, req.Path)
 	if err != nil {
 		return Response{}, err
@@ -59,7 +59,27 @@ func askHolder(ctx context.Context, view *datastore.Datastore, h Host, req Reque
 	if err := ping(ctx, socket); err != nil {
 		return Response{}, err
 	}
-	return Ask(ctx, socket, req)
+	// It may freeze later, in the middle of the request, too.
+	watched, freeze := context.WithCancelCause(ctx)
+	defer freeze(nil)
+	go func() {
+		for watched.Err() == nil {
+			t := clk.NewTimer(pingEvery)
+			select {
+			case <-t.C:
+				if err := ping(watched, socket); err != nil {
+					freeze(err)
+				}
+			case <-watched.Done():
+				t.Stop()
+			}
+		}
+	}()
+	resp, err := Ask(watched, socket, req)
+	if frozen := context.Cause(watched); err != nil && errors.Is(frozen, ErrNoControl) {
+		err = frozen
+	}
+	return resp, err
 }
 
 // ping makes sure that somebody answers on a control socket: the kernel takes
@@ -82,7 +102,7 @@ func AskHolder(ctx context.Context, lun string, h Host, clk clock.Clock, req Req
 	if err != nil {
 		return Response{}, err
 	}
-	resp, err := askHolder(ctx, view, h, req)
+	resp, err := askHolder(ctx, view, h, clk, req)
 	return resp, errors.Join(err, view.Close(ctx))
 }
 

@@ -73,6 +73,7 @@ type allocator struct {
 	dataSlabs          int
 	freeData, usedData uint64 // blocks in data slabs
 	freeTree           uint64 // blocks in tree slabs
+	doubts             uint64 // writes that failed in this session
 	treeCursor         int    // index into tree where the last block was found
 }
 
@@ -210,6 +211,7 @@ func (a *allocator) unreserve(r run, inDoubt bool) {
 	a.change(s, func() {
 		s.reserved.clear(from, to)
 		if inDoubt {
+			a.doubts++
 			s.held.set(from, to)
 			s.doubt.set(from, to)
 		}
@@ -263,9 +265,23 @@ func (a *allocator) letGo(r run) {
 // suspect notes that a write to used blocks failed and may still land.
 func (a *allocator) suspect(r run) {
 	if s := a.owner(r); s != nil {
+		a.doubts++
 		from, to := bounds(r)
 		s.doubt.set(from, to)
 	}
+}
+
+// suspects reports whether a failed write to one of the blocks may still land.
+func (a *allocator) suspects(r run) bool {
+	found := false
+	if a.doubts > 0 {
+		eachSlab(r, func(r run) {
+			from, to := bounds(r)
+			s := a.owner(r)
+			found = found || s != nil && !s.doubt.none(from, to)
+		})
+	}
+	return found
 }
 
 func corruptBlock(r run, reason string) error {

@@ -172,6 +172,9 @@ func joined(in []layout.Extent) []layout.Extent {
 func (d *Disk) apply(e layout.Entry) ([]run, error) {
 	switch e.Kind {
 	case layout.EntryMap:
+		if e.Logical+e.Length > blocksUp(d.size) {
+			return nil, logCorrupt("%d blocks mapped at %d, behind the end of the disk", e.Length, e.Logical)
+		}
 		return d.remap(e.Logical, e.Logical+e.Length, e.Physical)
 	case layout.EntryUnmap:
 		return d.remap(e.Logical, e.Logical+e.Length, 0)

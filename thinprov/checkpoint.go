@@ -106,7 +106,7 @@ func (d *Disk) writeFrozen(f *frozen) error {
 	h.Map, h.Slabs, h.Snapshots = f.head.Pointer(), f.slabs.Pointer(), f.table.Pointer()
 	h.LogOff, h.LogSeq, h.LogPrev = f.mark.pos%d.ring.size(), f.mark.seq, f.mark.prev
 	h.EncodeInto(d.seed.Volume, d.header)
-	if err := d.store.WriteHeader(d.background, d.header); err != nil {
+	if err := d.writeHeader(); err != nil {
 		return err
 	}
 	d.unflushed.Store(true)
@@ -120,6 +120,16 @@ func (d *Disk) writeFrozen(f *frozen) error {
 	d.retireLocked(d.nodeWaits)
 	d.nodeWaits = f.frees
 	return nil
+}
+
+// writeHeader keeps header writes apart from claims and releases; see Store.
+func (d *Disk) writeHeader() error {
+	done, err := d.takeClaiming(d.background)
+	if err != nil {
+		return err
+	}
+	defer done()
+	return d.store.WriteHeader(d.background, d.header)
 }
 
 // freezeLocked fixes the state that a checkpoint writes, and gives all new nodes

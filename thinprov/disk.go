@@ -174,6 +174,10 @@ func (d *Disk) begin(change bool) error {
 func (d *Disk) end() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	d.endLocked()
+}
+
+func (d *Disk) endLocked() {
 	d.active--
 	if d.active == 0 && d.idle != nil {
 		close(d.idle)

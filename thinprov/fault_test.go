@@ -1,8 +1,10 @@
 package thinprov_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"sync"
 	"sync/atomic"
@@ -154,10 +156,10 @@ func TestCrashAfterEveryWriteLosesNothingFlushed(t *testing.T) {
 	}
 }
 
-func TestEveryFailedWriteIsReportedAndHarmless(t *testing.T) {
+func TestEveryFailedOperationIsReportedAndHarmless(t *testing.T) {
 	for n := 1; ; n++ {
 		s, r := newScenario(t)
-		r.v.ops, r.v.failAt = 0, n
+		r.v.ops, r.v.failAt, r.v.countReads = 0, n, true
 		s.run()
 		reached := r.v.ops >= n
 		_ = s.d.Close(context.Background())
@@ -168,7 +170,7 @@ func TestEveryFailedWriteIsReportedAndHarmless(t *testing.T) {
 			return
 		}
 		if s.err != nil && !errors.Is(s.err, errInjected) && !errors.Is(s.err, thinprov.ErrClosed) {
-			t.Fatalf("write %d: %v", n, s.err)
+			t.Fatalf("operation %d: %v", n, s.err)
 		}
 		r.v.crash(rand.New(rand.NewPCG(uint64(n), 6)))
 		checkClean(t, r.v, self)
@@ -177,7 +179,7 @@ func TestEveryFailedWriteIsReportedAndHarmless(t *testing.T) {
 		r.close()
 		checkClean(t, r.v, self)
 		if t.Failed() {
-			t.Fatalf("after a failure of write %d", n)
+			t.Fatalf("after a failure of operation %d", n)
 		}
 	}
 }
@@ -208,8 +210,14 @@ func TestFailedFlushIsForGood(t *testing.T) {
 // A full volume refuses what must allocate, loses nothing, and works again when
 // there is room.
 func TestFullVolume(t *testing.T) {
+	for _, reserve := range []int{0, 1} {
+		t.Run(fmt.Sprint("reserve=", reserve), func(t *testing.T) { fillVolume(t, reserve) })
+	}
+}
+
+func fillVolume(t *testing.T, reserve int) {
 	v := newVolume(12)
-	v.reserve = 1
+	v.reserve = reserve
 	r := newRig(t, v, self, 64<<20)
 	want := make([]byte, 64<<20)
 	var off int64
@@ -267,10 +275,46 @@ func TestFullVolume(t *testing.T) {
 	checkClean(t, v, self)
 }
 
+const writers, region = 8, 256 << 10
+
+// writeRegion changes and reads back the w-th region for some rounds, and now and
+// then writes to the region of all. It returns what the w-th must hold.
+func writeRegion(t *testing.T, r *rig, w, rounds int) []byte {
+	rng := rand.New(rand.NewPCG(uint64(w), 4))
+	base := int64(w) * region
+	mine, got := make([]byte, region), make([]byte, region)
+	for i := range rounds {
+		off := rng.Int64N(region/sector) * sector
+		n := min(sector*(1+rng.Int64N(40)), region-off)
+		p := pattern(byte(i+w), int(n))
+		var err error
+		switch i % 5 {
+		case 3:
+			clear(p)
+			err = r.Discard(t.Context(), base+off, n)
+		case 4:
+			shared := bytes.Repeat([]byte{byte(w + 1)}, 16*sector)
+			err = errors.Join(r.WriteAt(t.Context(), shared, writers*region+rng.Int64N(64)*sector), r.Flush(t.Context()))
+			off, p = 0, nil
+		default:
+			err = r.WriteAt(t.Context(), p, base+off)
+		}
+		copy(mine[off:], p)
+		if err = errors.Join(err, r.ReadAt(t.Context(), got, base)); err != nil {
+			t.Errorf("writer %d: %v", w, err)
+			return nil
+		}
+		if at := firstDiff(got, mine); at >= 0 {
+			t.Errorf("writer %d, round %d: byte %d differs", w, i, at)
+			return nil
+		}
+	}
+	return mine
+}
+
 // Requests from many goroutines, snapshots and checkpoints at once. Each region has
 // one writer that knows its content; one region is written by all.
 func TestConcurrentRequests(t *testing.T) {
-	const writers, region = 8, 256 << 10
 	v := newVolume(96)
 	r := newRig(t, v, self, (writers+1)*region)
 	rounds := 120
@@ -298,46 +342,7 @@ func TestConcurrentRequests(t *testing.T) {
 	})
 	content := make([][]byte, writers)
 	for w := range writers {
-		main.Go(func() {
-			rng := rand.New(rand.NewPCG(uint64(w), 4))
-			base := int64(w) * region
-			mine := make([]byte, region)
-			for i := range rounds {
-				off := rng.Int64N(region/sector) * sector
-				n := min(sector*(1+rng.Int64N(40)), region-off)
-				p := pattern(byte(i+w), int(n))
-				var err error
-				switch i % 5 {
-				case 3:
-					clear(p)
-					err = r.Discard(t.Context(), base+off, n)
-				case 4:
-					shared := make([]byte, 16*sector)
-					for j := range shared {
-						shared[j] = byte(w + 1)
-					}
-					err = errors.Join(r.WriteAt(t.Context(), shared, writers*region+rng.Int64N(64)*sector), r.Flush(t.Context()))
-					off, p = 0, nil
-				default:
-					err = r.WriteAt(t.Context(), p, base+off)
-				}
-				if err != nil {
-					t.Errorf("writer %d: %v", w, err)
-					return
-				}
-				copy(mine[off:], p)
-				got := make([]byte, region)
-				if err := r.ReadAt(t.Context(), got, base); err != nil {
-					t.Errorf("writer %d: %v", w, err)
-					return
-				}
-				if at := firstDiff(got, mine); at >= 0 {
-					t.Errorf("writer %d, round %d: byte %d differs", w, i, at)
-					return
-				}
-			}
-			content[w] = mine
-		})
+		main.Go(func() { content[w] = writeRegion(t, r, w, rounds) })
 	}
 	main.Wait()
 	stop.Store(true)
@@ -362,5 +367,39 @@ func TestOpenRefusesAnOlderGeneration(t *testing.T) {
 	_, err := thinprov.Open(t.Context(), r.store(), clock.NewFake(), quiet(), thinprov.Options{})
 	if !errors.Is(err, thinprov.ErrStale) {
 		t.Fatalf("open under the generation of the killed opener: %v", err)
+	}
+}
+
+// Opening is an operation like any other: it fails with the cause, and the next
+// opener starts from the same state.
+func TestFailedOpenChangesNothing(t *testing.T) {
+	s, r := newScenario(t)
+	_ = s.write(0, pattern(1, 300<<10)) && s.snapshot() && s.write(4096, pattern(4, 64<<10)) && s.discard(64<<10, 64<<10)
+	if s.err != nil {
+		t.Fatal(s.err)
+	}
+	r.stop()
+	for n := 1; ; n++ {
+		v := r.v.clone()
+		v.failAt, v.countReads = n, true
+		other := &rig{t: t, v: v, ref: self, gen: 5}
+		d, err := thinprov.Open(t.Context(), other.store(), clock.NewFake(), quiet(), thinprov.Options{})
+		if err == nil {
+			if v.ops >= n {
+				t.Fatalf("operation %d failed, and Open did not tell", n)
+			}
+			_ = d.Close(t.Context())
+			return
+		}
+		if !errors.Is(err, errInjected) {
+			t.Fatalf("operation %d: %v", n, err)
+		}
+		v.revive()
+		v.crash(rand.New(rand.NewPCG(uint64(n), 6)))
+		checkClean(t, v, self)
+		other.open()
+		s.verify(t, other)
+		other.close()
+		checkClean(t, v, self)
 	}
 }

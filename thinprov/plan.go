@@ -52,7 +52,7 @@ const (
 // allocated. It waits, or claims slabs, for what is missing.
 func (d *Disk) planWrite(ctx context.Context, lo, hi uint64) (plan, error) {
 	full := false // the volume gave nothing: take whatever block is free
-	for {
+	for waits := 0; ; {
 		var pl plan
 		var missing lack
 		err := d.rd.with(ctx, func() *mapHole {
@@ -65,7 +65,13 @@ func (d *Disk) planWrite(ctx context.Context, lo, hi uint64) (plan, error) {
 		case missing == lackNothing:
 			return pl, nil
 		case missing == lackBlocks && full:
-			err = ErrNoSpace
+			// What is being freed right now may be enough.
+			if freeing := d.lastBatch(); freeing != nil && waits < 3 {
+				waits++
+				err = d.settled(ctx, freeing)
+			} else {
+				err = ErrNoSpace
+			}
 		case missing == lackBlocks:
 			if err = d.growData(ctx); errors.Is(err, ErrNoSpace) {
 				full, err = true, nil
@@ -77,6 +83,13 @@ func (d *Disk) planWrite(ctx context.Context, lo, hi uint64) (plan, error) {
 			return plan{}, fmt.Errorf("thinprov: write: %w", err)
 		}
 	}
+}
+
+// lastBatch is the last batch that is not durable yet, nil if there is none.
+func (d *Disk) lastBatch() *batch {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.sealLocked()
 }
 
 // planLocked tries to plan. If it returns a hole or a lack, it has changed nothing.
@@ -105,8 +118,9 @@ func (d *Disk) planLocked(lo, hi uint64, full bool) (plan, lack, *mapHole) {
 			e := d.near[i]
 			birth, till := d.ownAfter(at)
 			end = min(end, e.End(), till)
-			if !e.Foreign && e.Birth > birth {
-				pl.add(piece{segment: segment{at, end - at, e.Physical + (at - e.Logical)}})
+			physical := e.Physical + (at - e.Logical)
+			if !e.Foreign && e.Birth > birth && !d.alloc.suspects(run{physical, end - at}) {
+				pl.add(piece{segment: segment{at, end - at, physical}})
 				at = end
 				continue
 			}

@@ -108,6 +108,9 @@ func (d *Disk) loadSnapshots(ctx context.Context, h layout.Header) error {
 	}
 	parent := uint64(0)
 	for _, s := range d.snaps {
+		if s.Flags&layout.SnapshotDeleting != 0 && s != d.deleting {
+			return headerCorrupt("two snapshots are being deleted")
+		}
 		if s.Parent != parent || s.Epoch >= d.epoch {
 			return headerCorrupt("snapshot of epoch %d after %d where %d was expected", s.Epoch, s.Parent, parent)
 		}

@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"basalt/block"
@@ -41,8 +43,10 @@ type volume struct {
 	newest  map[thinprov.Ref]int // index of the newer header; -1 before the first
 	reserve int                  // slabs kept for metadata
 	counts  counts
+	serial  atomic.Int32 // calls of methods that never overlap
 
-	ops        int // operations so far that change something, or with failReads any
+	ops        int // operations so far that change something, or with countReads any
+	countReads bool
 	stopAt     int // from this operation on nothing has effect; 0: never
 	stopTorn   *rand.Rand
 	failAt     int // this operation fails without effect, once; 0: never
@@ -102,7 +106,7 @@ func (v *volume) crash(rng *rand.Rand) {
 }
 
 // revive lets a volume whose host was stopped be used again.
-func (v *volume) revive() { v.stopAt, v.failAt, v.ops = 0, 0, 0 }
+func (v *volume) revive() { v.stopAt, v.failAt, v.ops, v.countReads = 0, 0, 0, false }
 
 var zeroPage [page]byte
 
@@ -157,6 +161,15 @@ func (v *volume) put(p []byte, off int64, durable bool) {
 	}
 }
 
+// alone asserts that the methods that never overlap do not.
+func (v *volume) alone() func() {
+	if v.serial.Add(1) != 1 {
+		panic("calls of the store overlap that must not")
+	}
+	runtime.Gosched()
+	return func() { v.serial.Add(-1) }
+}
+
 // object is a Store on a volume.
 type object struct {
 	v   *volume
@@ -185,6 +198,11 @@ func (o *object) ReadAt(_ context.Context, p []byte, off int64) error {
 	o.v.mu.Lock()
 	defer o.v.mu.Unlock()
 	o.v.counts.reads++
+	if o.v.countReads {
+		if err := o.v.step(); err != nil {
+			return err
+		}
+	}
 	for len(p) > 0 {
 		n := copy(p, o.v.visible(off / page)[off%page:])
 		p, off = p[n:], off+int64(n)
@@ -260,6 +278,7 @@ func (o *object) ReadHeader(context.Context) ([]byte, error) {
 }
 
 func (o *object) WriteHeader(_ context.Context, p []byte) error {
+	defer o.v.alone()()
 	o.v.mu.Lock()
 	defer o.v.mu.Unlock()
 	o.v.counts.headers++
@@ -294,6 +313,7 @@ func (o *object) free(purpose thinprov.Purpose) []int64 {
 }
 
 func (o *object) PlanClaim(_ context.Context, n int, purpose thinprov.Purpose) (thinprov.Plan, error) {
+	defer o.v.alone()()
 	o.v.mu.Lock()
 	defer o.v.mu.Unlock()
 	free := o.free(purpose)
@@ -310,6 +330,7 @@ func (o *object) PlanClaim(_ context.Context, n int, purpose thinprov.Purpose) (
 }
 
 func (o *object) Claim(_ context.Context, p thinprov.Plan) ([]int64, error) {
+	defer o.v.alone()()
 	o.v.mu.Lock()
 	defer o.v.mu.Unlock()
 	o.v.counts.claims++
@@ -328,6 +349,7 @@ func (o *object) Claim(_ context.Context, p thinprov.Plan) ([]int64, error) {
 }
 
 func (o *object) Release(_ context.Context, slabs []int64) error {
+	defer o.v.alone()()
 	o.v.mu.Lock()
 	defer o.v.mu.Unlock()
 	o.v.counts.releases++
@@ -341,6 +363,7 @@ func (o *object) Release(_ context.Context, slabs []int64) error {
 }
 
 func (o *object) Settle(_ context.Context, units []uint32) ([]int64, error) {
+	defer o.v.alone()()
 	o.v.mu.Lock()
 	defer o.v.mu.Unlock()
 	if o.v.stopAt > 0 && o.v.ops >= o.v.stopAt {

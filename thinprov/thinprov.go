@@ -27,7 +27,8 @@
 //   - A data block is reused only when the record that frees it is durable and all
 //     I/O begun before has ended (R15). The block of a tree node that checkpoint N
 //     replaced is reused only after checkpoint N+1 is durable (R14). A block to which
-//     a write failed is not reused before the disk is opened anew.
+//     a write failed is neither reused nor changed in place before the disk is opened
+//     anew, for that write may still land.
 //   - used bitmaps are what the trees reach; reserved and held blocks exist only in
 //     memory.
 //   - A slab leaves the disk in the order of rule R2.

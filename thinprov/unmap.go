@@ -29,8 +29,7 @@ func (d *Disk) unmap(ctx context.Context, offBytes, lenBytes int64) error {
 		return err
 	}
 	defer d.end()
-	size := d.SizeBytes()
-	if err := checkRange(size, offBytes, lenBytes); err != nil || lenBytes == 0 {
+	if err := checkRange(d.SizeBytes(), offBytes, lenBytes); err != nil || lenBytes == 0 {
 		return err
 	}
 	end := offBytes + lenBytes
@@ -38,7 +37,7 @@ func (d *Disk) unmap(ctx context.Context, offBytes, lenBytes int64) error {
 	if err != nil {
 		return err
 	}
-	last, err := d.unmapHeld(ctx, offBytes, end, size)
+	last, err := d.unmapHeld(ctx, offBytes, end, d.SizeBytes())
 	return d.finish(ctx, held, last, err)
 }
 

@@ -31,11 +31,7 @@ func (d *Disk) View(_ context.Context, uuid [16]byte) (*View, error) {
 	defer d.mu.Unlock()
 	s, err := d.visibleLocked(uuid)
 	if err != nil {
-		d.active-- // begin counted it, and nobody waits for it: the disk is open and locked
-		if d.active == 0 && d.idle != nil {
-			close(d.idle)
-			d.idle = nil
-		}
+		d.endLocked()
 		return nil, err
 	}
 	s.views++

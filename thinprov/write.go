@@ -13,7 +13,8 @@ const partBlocks = 256
 
 // WriteAt writes p at offBytes. What had to be allocated is durable when it returns
 // nil; the rest is in the device's cache. After an error, ctx's included, each block
-// of the range is old or new, and may still change from old to new.
+// of the range is old or new, and may still change from old to new until it is written
+// again. ctx does not end a write that the device has begun.
 func (d *Disk) WriteAt(ctx context.Context, p []byte, offBytes int64) error {
 	return d.write(ctx, p, offBytes, d.putCached)
 }
@@ -44,7 +45,10 @@ func (d *Disk) write(ctx context.Context, p []byte, offBytes int64, put putFunc)
 	if err != nil {
 		return err
 	}
-	last, err := d.writeParts(ctx, p, offBytes, put)
+	last, err := d.writeParts(ctx, p, offBytes, func(ctx context.Context, p []byte, offBytes int64) error {
+		// A write that is given up may land later, over what was written since.
+		return put(context.WithoutCancel(ctx), p, offBytes)
+	})
 	return d.finish(ctx, held, last, err)
 }
 

@@ -33,7 +33,7 @@ type Report struct {
 	Findings  []Finding
 	Objects   int // LIVE ones looked at
 	Skipped   int // held by another live host
-	UsedSlabs int64
+	UsedSlabs int64 // of objects
 	FreeSlabs int64
 }
 
@@ -148,9 +148,11 @@ func (c *checker) ownerTable(ctx context.Context) error {
 		for s := first; s < end; s++ {
 			tag := tagAt(img, int(s-first))
 			c.tags[s] = tag
-			if tag == 0 {
+			switch tag {
+			case 0:
 				c.report.FreeSlabs++
-			} else {
+			case systemTag:
+			default:
 				c.report.UsedSlabs++
 				c.owned[tag] = append(c.owned[tag], s)
 			}

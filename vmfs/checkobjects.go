@@ -35,23 +35,42 @@ func (c *checker) objects(ctx context.Context) error {
 			continue
 		}
 		where := c.where(ref, id.Kind)
+		var err error
 		if id.State == StateDying {
-			c.report.add(Note, where, "its creation or removal is not finished; a later change of its folder removes it")
-			// It counts until it is FREE.
-			o := &Object{v: c.v, ref: ref, kind: id.Kind}
-			h, err := o.Header(ctx)
-			if err != nil {
-				if err := c.note(where, err); err != nil {
-					return err
-				}
-			} else if h.Origin != (Ref{}) {
-				c.on[h.Origin] = append(c.on[h.Origin], ref)
-			}
-			continue
+			err = c.dying(ctx, ref, where)
+		} else {
+			err = c.object(ctx, ref, where)
 		}
-		if err := c.object(ctx, ref, where); err != nil {
+		if err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+// dying notes an object between two states. It counts on its origin until it is
+// FREE. It may have come to life or ended since it was scanned, even while its
+// header is read.
+func (c *checker) dying(ctx context.Context, ref Ref, where string) error {
+	o := &Object{v: c.v, ref: ref, kind: c.ids[ref.Slot].Kind}
+	h, herr := o.Header(ctx)
+	_, now, err := c.v.readIdentity(ctx, ref.Slot)
+	switch {
+	case err != nil:
+		return c.note(where, err)
+	case now.State == StateFree || now.Incarnation != ref.Incarnation:
+		delete(c.ids, ref.Slot)
+		return nil
+	case now.State == StateLive:
+		c.ids[ref.Slot] = *now
+		return c.object(ctx, ref, where)
+	}
+	c.report.add(Note, where, "its creation or removal is not finished; a later change of its folder removes it")
+	if herr != nil {
+		return c.note(where, herr)
+	}
+	if h.Origin != (Ref{}) {
+		c.on[h.Origin] = append(c.on[h.Origin], ref)
 	}
 	return nil
 }

@@ -234,9 +234,7 @@ func (o *Object) fill(ctx context.Context, r io.Reader, progress func(int64)) er
 	if err := o.trim(ctx, &c, ready); err != nil {
 		return err
 	}
-	if err := o.v.dev.Flush(ctx); err != nil {
-		return fmt.Errorf("write the content: %w", err)
-	}
+	// enliven flushes the content.
 	return o.edit(ctx, func(h *Header) { h.SizeBytes, h.Payload, h.Intents = size, c.Encode(), nil })
 }
 

@@ -58,7 +58,7 @@ func exitCode(err error) int {
 	}{
 		{exitDamaged, []error{errDamaged, vmfs.ErrTruncated, vmfs.ErrLyingDevice}},
 		{exitUsage, []error{vmfs.ErrName, datastore.ErrAddress, store.ErrAddress, thinprov.ErrName}},
-		{exitHeld, []error{vmfs.ErrHeld, lease.ErrAlive, lease.ErrUnfenced, lease.ErrNameInUse, lease.ErrNotShared, lease.ErrNoSlot, datastore.ErrDiskOpen, block.ErrBusy}},
+		{exitHeld, []error{vmfs.ErrHeld, lease.ErrAlive, lease.ErrUnfenced, lease.ErrNameInUse, lease.ErrNotShared, lease.ErrNoSlot, lease.ErrLost, datastore.ErrDiskOpen, block.ErrBusy}},
 		{exitNoSpace, []error{vmfs.ErrNoSpace, thinprov.ErrNoSpace, block.ErrNoSpace, vmfs.ErrNoObjects, vmfs.ErrFolderFull}},
 		{exitNotFound, []error{vmfs.ErrNotFound, datastore.ErrNoSnap, thinprov.ErrNotFound, vmfs.ErrNotVolume, fs.ErrNotExist}},
 	} {
