@@ -41,37 +41,56 @@ type SnapshotInfo struct {
 // inspectTries bounds how often a disk that is being changed is read anew.
 const inspectTries = 8
 
-// Info describes a disk. One that is open in this process is asked itself; any
-// other is read without its lock.
+// Info describes a disk.
 func (d *Datastore) Info(ctx context.Context, path string) (DiskInfo, error) {
-	info, err := d.lookupDisk(ctx, path)
-	if err != nil {
-		return DiskInfo{}, err
-	}
-	if d.openUsers(info.Ref) > 0 {
-		var out DiskInfo
-		err := d.with(ctx, path, func(k *Disk) error {
-			out, err = d.describe(ctx, path, info.Ref, k.Disk)
-			return err
-		})
-		return out, err
-	}
-	for try := 1; ; try++ {
-		out, err := d.inspectInfo(ctx, path, info.Ref)
-		var torn *block.CorruptError
-		if err == nil || try == inspectTries || !errors.As(err, &torn) {
-			return out, err
-		}
-	}
+	var out DiskInfo
+	err := d.look(ctx, path, func(ref vmfs.Ref, k *thinprov.Disk) (err error) {
+		out, err = d.describe(ctx, path, ref, k)
+		return err
+	})
+	return out, err
 }
 
-func (d *Datastore) inspectInfo(ctx context.Context, path string, ref vmfs.Ref) (DiskInfo, error) {
-	k, err := d.inspect(ctx, ref)
+// Brief is what can be told of a disk without walking its maps.
+type Brief struct {
+	SizeBytes int64
+	Snapshots []string // names, oldest first
+}
+
+// Brief describes a disk in short.
+func (d *Datastore) Brief(ctx context.Context, path string) (Brief, error) {
+	var out Brief
+	err := d.look(ctx, path, func(_ vmfs.Ref, k *thinprov.Disk) error {
+		out = Brief{SizeBytes: k.SizeBytes()}
+		for _, s := range k.Snapshots() {
+			out.Snapshots = append(out.Snapshots, s.Name)
+		}
+		return nil
+	})
+	return out, err
+}
+
+// look shows a disk's metadata to f: those of the instance that is open in this
+// process, else what can be read without its lock. A disk that changes under the
+// reader is read anew.
+func (d *Datastore) look(ctx context.Context, path string, f func(vmfs.Ref, *thinprov.Disk) error) error {
+	info, err := d.lookupDisk(ctx, path)
 	if err != nil {
-		return DiskInfo{}, err
+		return err
 	}
-	out, err := d.describe(ctx, path, ref, k)
-	return out, errors.Join(err, k.Close(ctx))
+	if d.openUsers(info.Ref) > 0 {
+		return d.with(ctx, path, func(k *Disk) error { return f(info.Ref, k.Disk) })
+	}
+	for try := 1; ; try++ {
+		k, err := d.inspect(ctx, info.Ref)
+		if err == nil {
+			err = errors.Join(f(info.Ref, k), k.Close(ctx))
+		}
+		var torn *block.CorruptError
+		if err == nil || try == inspectTries || !errors.As(err, &torn) {
+			return err
+		}
+	}
 }
 
 func (d *Datastore) describe(ctx context.Context, path string, ref vmfs.Ref, k *thinprov.Disk) (DiskInfo, error) {
@@ -195,15 +214,26 @@ func (d *Datastore) diskPaths(ctx context.Context, folder vmfs.Ref, prefix strin
 // DiskNames lists the paths of all disks, without the leading slash, and of their
 // snapshots as path@name.
 func (d *Datastore) DiskNames(ctx context.Context) ([]string, error) {
-	disks, err := d.ListDisks(ctx, "/")
+	root, err := d.vol.Lookup(ctx, "/")
+	if err != nil {
+		return nil, err
+	}
+	paths, err := d.diskPaths(ctx, root.Ref, "/")
 	if err != nil {
 		return nil, err
 	}
 	var names []string
-	for _, k := range disks {
-		names = append(names, k.Path[1:])
+	for _, p := range paths {
+		k, err := d.Brief(ctx, p)
+		if errors.Is(err, vmfs.ErrNotFound) {
+			continue // removed meanwhile
+		}
+		if err != nil {
+			return nil, err
+		}
+		names = append(names, p[1:])
 		for _, s := range k.Snapshots {
-			names = append(names, k.Path[1:]+"@"+s.Name)
+			names = append(names, p[1:]+"@"+s)
 		}
 	}
 	return names, nil

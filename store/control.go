@@ -3,6 +3,7 @@ package store
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -76,9 +77,17 @@ func DecodeRequest(b []byte) (Request, error) {
 	return r, nil
 }
 
-// SocketPath is the control socket of a host of a volume.
+// maxSocketPath is sockaddr_un's sun_path without its NUL.
+const maxSocketPath = 107
+
+// SocketPath is the control socket of a host of a volume. A host name that does
+// not fit into a socket's address gives way to its digest.
 func SocketPath(runDir string, volume [16]byte, host string) string {
-	return filepath.Join(RunDirOf(runDir, volume), host+".sock")
+	dir := RunDirOf(runDir, volume)
+	if len(dir)+len("/")+len(host)+len(".sock") > maxSocketPath {
+		host = fmt.Sprintf("%x", sha256.Sum256([]byte(host)))[:16]
+	}
+	return filepath.Join(dir, host+".sock")
 }
 
 // Ask sends a request to the control socket at path. ErrNoControl: nobody answers

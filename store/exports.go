@@ -64,11 +64,11 @@ func (e *exports) Describe(ctx context.Context, name string) (nbd.Info, error) {
 	if err != nil {
 		return nbd.Info{}, err
 	}
-	info, err := e.ds.Info(ctx, disk)
+	info, err := e.ds.Brief(ctx, disk)
 	if err != nil {
 		return nbd.Info{}, exportError(err)
 	}
-	if snapshot != "" && !slices.ContainsFunc(info.Snapshots, func(s datastore.SnapshotInfo) bool { return s.Name == snapshot }) {
+	if snapshot != "" && !slices.Contains(info.Snapshots, snapshot) {
 		return nbd.Info{}, fmt.Errorf("%w: %q", nbd.ErrNotFound, name)
 	}
 	return e.info(info.SizeBytes, snapshot != ""), nil

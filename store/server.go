@@ -137,7 +137,7 @@ func (s *server) run(ctx context.Context) error {
 func (s *server) checkPaths(ctx context.Context) ([]string, error) {
 	var only []string
 	for _, p := range s.opts.Only {
-		if _, err := s.ds.Info(ctx, p); err != nil {
+		if _, err := s.ds.Brief(ctx, p); err != nil {
 			return nil, err
 		}
 		only = append(only, strings.Trim(p, "/"))

@@ -31,8 +31,8 @@ type Finding struct {
 // Report is the outcome of a check.
 type Report struct {
 	Findings  []Finding
-	Objects   int // LIVE ones looked at
-	Skipped   int // held by another live host
+	Objects   int   // LIVE ones looked at
+	Skipped   int   // held by another live host
 	UsedSlabs int64 // of objects
 	FreeSlabs int64
 }
