@@ -59,6 +59,10 @@ type shared struct {
 	users int
 	obj   *vmfs.Object
 	disk  *thinprov.Disk
+	// resumed is closed when the deletion of a snapshot that a crash cut off has been
+	// finished, or given up; stop gives it up.
+	resumed chan struct{}
+	stop    context.CancelFunc
 }
 
 // Mount joins the volume on dev as a host; see vmfs.Mount. It owns dev unless it
@@ -168,8 +172,26 @@ func (d *Datastore) openShared(ctx context.Context, ref vmfs.Ref, sh *shared) er
 	if err != nil {
 		return errors.Join(err, obj.Close(ctx))
 	}
-	sh.obj, sh.disk = obj, disk
+	sh.obj, sh.disk, sh.resumed = obj, disk, make(chan struct{})
+	background, stop := context.WithCancel(context.WithoutCancel(ctx))
+	sh.stop = stop
+	go func(resumed chan struct{}) {
+		defer close(resumed)
+		if err := disk.ResumeDeletion(background); err != nil && background.Err() == nil {
+			d.log.Warn("a snapshot's deletion is not finished", "disk", sh.path, "error", err)
+		}
+	}(sh.resumed)
 	return nil
+}
+
+// settled waits until a deletion that a crash cut off is out of the way.
+func (k *Disk) settled(ctx context.Context) error {
+	select {
+	case <-k.sh.resumed:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // Close ends this user's access; the last one's writes the disk's state out and
@@ -181,6 +203,8 @@ func (k *Disk) Close(ctx context.Context) error {
 	if k.sh.users > 0 {
 		return nil
 	}
+	k.sh.stop()
+	<-k.sh.resumed
 	// When the disk cannot be closed cleanly its lock goes all the same: the next
 	// opener recovers it as after a crash. All I/O under the lock has ended (R20).
 	err := errors.Join(k.sh.disk.Close(ctx), k.sh.obj.Close(ctx))

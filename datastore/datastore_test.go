@@ -298,3 +298,54 @@ func TestSteadyStateCostsOneDeviceOperation(t *testing.T) {
 	must(t, k.Close(t.Context()))
 	must(t, ds.Close(t.Context()))
 }
+
+func TestDeletionThatACrashCutOffIsFinishedByTheNextOpener(t *testing.T) {
+	base := newLUN(t, 512)
+	a, _ := mount(t, base, "prepare")
+	must(t, a.CreateDisk(t.Context(), "/d", 512*mib))
+	k, err := a.OpenDisk(t.Context(), "/d")
+	must(t, err)
+	// Scattered blocks make many extents, so that a deletion takes several steps.
+	scatter := func(seed uint64) {
+		for i := range int64(3000) {
+			must(t, k.WriteAt(t.Context(), pattern(seed, 512), i*160<<10))
+		}
+	}
+	scatter(1)
+	must(t, a.CreateSnapshot(t.Context(), "/d", "s1"))
+	scatter(2)
+	must(t, a.CreateSnapshot(t.Context(), "/d", "s2"))
+	must(t, k.Close(t.Context()))
+	must(t, a.Close(t.Context()))
+
+	cutOff := 0
+	for n := 0; ; n++ {
+		lun := base.Clone()
+		ds, h := mount(t, lun, "dies")
+		h.StopAfter(n)
+		err := ds.RemoveSnapshot(t.Context(), "/d", "s1")
+		h.Kill()
+		if err == nil {
+			break
+		}
+		next, _ := mount(t, lun, "next")
+		info, err := next.Info(t.Context(), "/d")
+		must(t, err)
+		if len(info.Snapshots) == 2 {
+			cutOff++
+		}
+		must(t, next.RemoveSnapshot(t.Context(), "/d", "s2"))
+		if err := next.RemoveSnapshot(t.Context(), "/d", "s1"); err != nil && !errors.Is(err, datastore.ErrNoSnap) {
+			t.Fatalf("crash after write %d: %v", n, err)
+		}
+		k, err := next.OpenDisk(t.Context(), "/d")
+		must(t, err)
+		wantBytes(t, fmt.Sprintf("crash after write %d", n), k, 160<<10, pattern(2, 512))
+		must(t, k.Close(t.Context()))
+		must(t, next.Close(t.Context()))
+		wantSound(t, lun, vmfs.Note, fmt.Sprintf("crash after write %d", n))
+	}
+	if cutOff < 3 {
+		t.Errorf("only %d crashes came in the middle of the deletion", cutOff)
+	}
+}

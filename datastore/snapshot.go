@@ -32,6 +32,9 @@ func (d *Datastore) RemoveSnapshot(ctx context.Context, path, name string) error
 		if err := d.unpublish(ctx, k, s); err != nil {
 			return err
 		}
+		if err := k.settled(ctx); err != nil {
+			return err
+		}
 		return k.DeleteSnapshot(ctx, s.UUID)
 	})
 }
