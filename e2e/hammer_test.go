@@ -426,6 +426,9 @@ func TestInterruptedPutLeavesNothing(t *testing.T) {
 	if _, err := out.Write(bytes.Repeat([]byte{1}, 3<<20)); err != nil {
 		t.Fatal(err)
 	}
+	eventually(t, 20*time.Second, "put has written and waits for more", func() bool {
+		return decode[volume](s, "fs", "df", s.lun).UsedBytes > 0
+	})
 	if err := cmd.Process.Signal(os.Interrupt); err != nil {
 		t.Fatal(err)
 	}

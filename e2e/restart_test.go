@@ -84,50 +84,65 @@ func (v *server) read(export string) []byte {
 }
 
 // killRounds kills the server again and again under a client that reconnects, and
-// starts a successor, by next, on the same socket.
+// starts a successor, by next, on the same socket: in every other round at any
+// moment, else as soon as the client has been told that a write is done.
 func killRounds(t *testing.T, m *model, q *qemuIO, v *server, rounds int, next func(round int) *server) *server {
 	t.Helper()
 	for round := range rounds {
-		kill := make(chan struct{}, 1)
-		delay := time.Duration(m.rng.IntN(400)) * time.Millisecond
-		go func() {
-			wait(delay)
+		if m.rng.IntN(2) == 0 {
+			killAnyTime(t, m, q, v)
+		} else {
+			for range m.rng.IntN(100) + 1 {
+				q.do("%s", m.next())
+			}
 			_ = v.cmd.Process.Kill()
 			<-v.done
-			kill <- struct{}{}
-		}()
-		for killed := false; !killed; {
 			q.send("%s", m.next())
-			for answered := false; !answered; {
-				select {
-				case said, ok := <-q.answers:
-					if answered = true; !ok || !succeeded(said) {
-						t.Fatalf("round %d: the client saw the outage: %q", round, said)
-					}
-				case <-kill:
-					killed = true
-					v = next(round)
-				}
-			}
+		}
+		v = next(round)
+		if said, ok := q.answer(commandTimeout); !ok || !succeeded(said) {
+			t.Fatalf("round %d: the client saw the outage: %q", round, said)
 		}
 	}
 	return v
 }
 
+// killAnyTime kills the server while the client is at work, and leaves an operation
+// of the client unanswered.
+func killAnyTime(t *testing.T, m *model, q *qemuIO, v *server) {
+	t.Helper()
+	delay := time.Duration(m.rng.IntN(400)) * time.Millisecond
+	go func() {
+		wait(delay)
+		_ = v.cmd.Process.Kill()
+	}()
+	for {
+		q.send("%s", m.next())
+		select {
+		case said, ok := <-q.answers:
+			if !ok || !succeeded(said) {
+				t.Fatalf("the client saw the outage: %q", said)
+			}
+		case <-v.done:
+			return
+		}
+	}
+}
+
 func TestRestartedServerLosesNothingAcknowledged(t *testing.T) {
-	s := newSite(t, "--size", "512M", "--lease", "60s")
-	s.ok("disk", "create", s.at("/d"), "--size", "32M")
+	s := newSite(t, "--size", "1G", "--lease", "60s")
+	s.ok("disk", "create", s.at("/d"), "--size", "256M")
 	v := s.serve()
 	q := openDisk(t, v.socket, "d", time.Minute)
-	m := newModel(t, 32<<20, 21)
-	v = killRounds(t, m, q, v, 12, func(round int) *server {
+	m := newModel(t, 256<<20, rand.Uint64())
+	v = killRounds(t, m, q, v, 16, func(round int) *server {
 		if round == 5 { // the middle of it is under a snapshot
 			s.ok("disk", "snapshot", "create", s.at("/d"), "middle")
 		}
 		return s.serve()
 	})
 	m.compare(v.read("d"))
-	t.Logf("%d acknowledged operations, 12 killed servers, nothing lost", m.ops)
+	t.Logf("%d acknowledged operations under 16 killed servers", m.ops)
 	v.kill() // unflushed once more
 	v = s.serve()
 	m.compare(v.read("d"))
@@ -151,13 +166,13 @@ func TestClientFollowsItsDiskFromHostToHost(t *testing.T) {
 	}
 	v := serve(0)
 	q := openDisk(t, socket, "d", time.Minute)
-	m := newModel(t, 32<<20, 22)
+	m := newModel(t, 32<<20, rand.Uint64())
 	v = killRounds(t, m, q, v, 9, func(round int) *server { return serve(round + 1) })
 	m.compare(v.read("d"))
 	q.close()
 	v.stop()
 	s.checkClean()
-	t.Logf("%d acknowledged operations on 3 hosts in turn, nothing lost", m.ops)
+	t.Logf("%d acknowledged operations on 3 hosts in turn", m.ops)
 }
 
 // SIGTERM drains: what was answered stays, and the lock is free at once.

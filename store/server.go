@@ -18,6 +18,7 @@ import (
 
 	"basalt/datastore"
 	"basalt/internal/clock"
+	"basalt/lease"
 	"basalt/nbd"
 )
 
@@ -69,7 +70,11 @@ func Serve(ctx context.Context, lun string, clk clock.Clock, log *slog.Logger, o
 	}
 	s := &server{ds: ds, clk: clk, log: log, opts: opts, listeners: listeners}
 	err = s.run(ctx)
-	return errors.Join(err, ds.Close(context.WithoutCancel(ctx)))
+	closed := ds.Close(context.WithoutCancel(ctx))
+	if errors.Is(err, ErrStopped) && errors.Is(closed, lease.ErrLost) {
+		return err // the same, told already
+	}
+	return errors.Join(err, closed)
 }
 
 type server struct {

@@ -19,10 +19,9 @@ import (
 func TestAmbiguousCompareAndWriteHasNoEffectOfItsOwn(t *testing.T) {
 	for _, s := range scenarios() {
 		t.Run(s.name, func(t *testing.T) {
-			t.Parallel()
 			p := prepare(t, s)
 			for k := 1; k <= p.caws; k++ {
-				for _, effect := range []faultdev.Effect{faultdev.FailAfter, faultdev.Late, faultdev.FailBefore} {
+				for _, effect := range []faultdev.Effect{faultdev.FailAfter, faultdev.Late} {
 					inSite(t, p.lun, func(x *site) { p.ambiguous(x, k, effect) })
 				}
 			}
@@ -46,7 +45,7 @@ func (p *prepared) ambiguous(x *site, k int, effect faultdev.Effect) {
 	// Another host builds upon it before the late command lands.
 	b := x.mount("b")
 	p.touch(x, b, "")
-	if err := put(x.t.Context(), b.Volume, "/late", 2<<20, 9); err != nil {
+	if err := newDisk(x.t.Context(), b.Volume, "/late", 2, vmfs.Ref{}); err != nil {
 		x.t.Errorf("%s: %v", what, err)
 	}
 	if err := dev.Release(x.t.Context()); err != nil && !errors.Is(err, block.ErrMiscompare) {
@@ -71,9 +70,11 @@ func (p *prepared) ambiguous(x *site, k int, effect faultdev.Effect) {
 func TestFrozenHostIsCutOffWithItsCommandUnderWay(t *testing.T) {
 	for _, s := range scenarios() {
 		t.Run(s.name, func(t *testing.T) {
-			t.Parallel()
 			p := prepare(t, s)
-			for _, n := range p.points() {
+			for i, n := range p.points() {
+				if i%2 == 1 {
+					continue // TestCrashAfterEveryWrite stops there too
+				}
 				inSite(t, p.lun, func(x *site) { p.freeze(x, n) })
 			}
 		})
@@ -119,53 +120,130 @@ func (p *prepared) freeze(x *site, n int) {
 	<-ended
 }
 
-// meddler is a device whose next compare-and-write within a span takes effect, is
-// followed by another host's change of the same unit, and then reports a failure.
+// meddler is a device on which another host interferes with one compare-and-write
+// within a span: before it reaches the media, or after, and then it reports a
+// failure of what has taken effect.
 type meddler struct {
 	block.Device
-	within block.Range
-	meddle func()
+	within        block.Range
+	before, after func()
 }
 
 func (d *meddler) CompareAndWrite(ctx context.Context, off int64, compare, write []byte) error {
+	hit := off >= d.within.OffBytes && off < d.within.OffBytes+d.within.LenBytes
+	if before := d.before; hit && before != nil {
+		d.before = nil
+		before()
+	}
 	err := d.Device.CompareAndWrite(ctx, off, compare, write)
-	if err == nil && d.meddle != nil && off >= d.within.OffBytes && off < d.within.OffBytes+d.within.LenBytes {
-		meddle := d.meddle
-		d.meddle = nil
-		meddle()
+	if after := d.after; hit && err == nil && after != nil {
+		d.after = nil
+		after()
 		err = errors.New("the reply was lost")
 	}
 	return err
 }
 
+func (x *site) mountMeddled(name string, d *meddler) *host {
+	return x.mountThrough(name, func(dev block.Device) block.Device {
+		d.Device = dev
+		return d
+	})
+}
+
 // R1: a change that took effect and was built upon before it could be read back is
 // judged by one's own entries, and not made a second time. Guards the count of own
-// tags in Claim, without which the file would own slabs that it does not name.
+// tags in Claim, without which the disk would get twice what it asked for.
 func TestClaimThatOthersBuiltUponIsNotMadeTwice(t *testing.T) {
 	inSite(t, newLUN(t, 128<<20, 512), func(x *site) {
 		ctx := x.t.Context()
 		b := x.mount("b")
 		d := &meddler{within: block.Range{OffBytes: vmfs.GroupsOff, LenBytes: 9 * 512}}
-		a := x.mountThrough("a", func(dev block.Device) block.Device {
-			d.Device = dev
-			return d
-		})
-		d.meddle = func() {
+		a := x.mountMeddled("a", d)
+		if err := a.Mkdir(ctx, "/x"); err != nil {
+			x.t.Fatal(err)
+		}
+		d.after = func() {
 			if err := newDisk(ctx, b.Volume, "/other", 1, vmfs.Ref{}); err != nil {
 				x.t.Error(err)
 			}
 		}
-		if err := a.Mkdir(ctx, "/x"); err != nil {
-			x.t.Fatal(err)
-		}
-		if err := put(ctx, a.Volume, "/x/f", 3<<20, 1); err != nil {
+		if err := newDisk(ctx, a.Volume, "/x/d", 3, vmfs.Ref{}); err != nil {
 			x.t.Error(err)
 		}
-		if d.meddle != nil {
+		if d.after != nil {
 			x.t.Error("nobody meddled")
 		}
 		if n := used(x.t, a.Volume); n != 4<<20 {
-			x.t.Errorf("%d bytes are used by a file of 3 MiB and a disk of 1 MiB", n)
+			x.t.Errorf("%d bytes are used by disks of 3 MiB and 1 MiB", n)
+		}
+		x.leave()
+		x.check("in the end", vmfs.Note)
+	})
+}
+
+// R3: a rename moves the object that it looked up, or nothing. Guards the comparison
+// in renameIn: a folder that took the file's name meanwhile would move without the
+// volume lock that keeps folders from forming a ring.
+func TestRenameMovesNothingElse(t *testing.T) {
+	inSite(t, newLUN(t, 128<<20, 512), func(x *site) {
+		ctx := x.t.Context()
+		b := x.mount("b")
+		for _, err := range []error{put(ctx, b.Volume, "/f", 10, 1), b.Mkdir(ctx, "/to")} {
+			if err != nil {
+				x.t.Fatal(err)
+			}
+		}
+		d := &meddler{within: block.Range{OffBytes: objectAt(1), LenBytes: 512}}
+		a := x.mountMeddled("a", d)
+		d.before = func() {
+			for _, err := range []error{b.Remove(ctx, "/f"), b.Mkdir(ctx, "/f")} {
+				if err != nil {
+					x.t.Error(err)
+				}
+			}
+		}
+		if err := a.Rename(ctx, "/f", "/to/g"); !errors.Is(err, vmfs.ErrNotFound) {
+			x.t.Errorf("rename of a file that a folder replaced: %v", err)
+		}
+		if now := tree(x.t, a.Volume); now["f"] != vmfs.KindFolder.String() || len(now) != 2 {
+			x.t.Errorf("the volume shows%s", describe(now))
+		}
+	})
+}
+
+// R1, R17: when a host cannot learn whether its clone began, and takes the reference
+// back, the clone must not begin later. Guards the superseding in dependsOn.
+func TestUncountedCloneNeverBegins(t *testing.T) {
+	inSite(t, newLUN(t, 128<<20, 512), func(x *site) {
+		ctx := x.t.Context()
+		b := x.mount("b")
+		for _, err := range []error{newDisk(ctx, b.Volume, "/d", 1, vmfs.Ref{}), publish(ctx, b.Volume, "/d"), clone(ctx, b.Volume, "/d", "/c")} {
+			if err != nil {
+				x.t.Fatal(err)
+			}
+		}
+		x.leave()
+		// The next free slot is 5. The third read of its identity is the last before
+		// it changes; then come the 16 that ask what became of the change.
+		identity := block.Range{OffBytes: objectAt(5) + identityIn, LenBytes: 512}
+		rules := []faultdev.Rule{{Ops: faultdev.CAW, Within: identity, Nth: 1, Effect: faultdev.Late}}
+		for n := range 16 {
+			rules = append(rules, faultdev.Rule{Ops: faultdev.Read, Within: identity, Nth: 4 + n, Effect: faultdev.FailBefore})
+		}
+		var dev *faultdev.Device
+		a := x.mountThrough("a", func(d block.Device) block.Device {
+			dev = faultdev.New(d, rules...)
+			return dev
+		})
+		if err := clone(ctx, a.Volume, "/d", "/c2"); err == nil || dev.Held() != 1 {
+			x.t.Fatalf("clone with an unknown outcome: %v, %d commands on their way", err, dev.Held())
+		}
+		if err := dev.Release(ctx); !errors.Is(err, block.ErrMiscompare) {
+			x.t.Errorf("the late command landed: %v", err)
+		}
+		if err := unpublish(ctx, a.Volume, "/d"); !errors.Is(err, vmfs.ErrInUse) {
+			x.t.Errorf("unpublishing the origin of a clone: %v", err)
 		}
 		x.leave()
 		x.check("in the end", vmfs.Note)

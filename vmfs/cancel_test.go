@@ -15,7 +15,6 @@ import (
 func TestCancelledOperationLeavesNothingHalfDone(t *testing.T) {
 	for _, s := range scenarios() {
 		t.Run(s.name, func(t *testing.T) {
-			t.Parallel()
 			p := prepare(t, s)
 			for _, n := range p.points() {
 				inSite(t, p.lun, func(x *site) { p.cancel(x, n) })

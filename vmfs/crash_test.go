@@ -67,11 +67,11 @@ func scenarios() []scenario {
 		{name: "put a short file", setup: nothing, done: vmfs.ErrExists,
 			run: func(ctx context.Context, v *vmfs.Volume) error { return put(ctx, v, "/f", 100, 3) }},
 		{name: "put a file in slabs", setup: nothing, done: vmfs.ErrExists,
-			run: func(ctx context.Context, v *vmfs.Volume) error { return put(ctx, v, "/f", 2<<20+7, 4) }},
+			run: func(ctx context.Context, v *vmfs.Volume) error { return put(ctx, v, "/f", 1<<20+7, 4) }},
 		{name: "mkdir", setup: two, done: vmfs.ErrExists,
 			run: func(ctx context.Context, v *vmfs.Volume) error { return v.Mkdir(ctx, "/a/new") }},
 		{name: "remove a file", done: vmfs.ErrNotFound,
-			setup: func(ctx context.Context, v *vmfs.Volume) error { return put(ctx, v, "/f", 3<<20, 5) },
+			setup: func(ctx context.Context, v *vmfs.Volume) error { return put(ctx, v, "/f", 20000, 5) },
 			run:   func(ctx context.Context, v *vmfs.Volume) error { return v.Remove(ctx, "/f") }},
 		{name: "rename in a folder", setup: two, done: vmfs.ErrNotFound,
 			run: func(ctx context.Context, v *vmfs.Volume) error { return v.Rename(ctx, "/a/f", "/a/h") }},
@@ -201,8 +201,8 @@ func (p *prepared) points() []int {
 	var at []int
 	for n := 0; n <= p.changes; n++ {
 		at = append(at, n)
-		if p.changes > 100 && n > 30 && n < p.changes-20 {
-			n += 36
+		if p.changes > 100 && n > 6 && n < p.changes-16 {
+			n += 80
 		}
 	}
 	return at
@@ -213,7 +213,6 @@ func (p *prepared) points() []int {
 func TestCrashAfterEveryWrite(t *testing.T) {
 	for _, s := range scenarios() {
 		t.Run(s.name, func(t *testing.T) {
-			t.Parallel()
 			p := prepare(t, s)
 			for _, n := range p.points() {
 				inSite(t, p.lun, func(x *site) {

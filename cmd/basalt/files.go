@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"basalt/datastore"
 	"basalt/vmfs"
@@ -235,7 +236,7 @@ func (a *app) fsPut() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			src, total := a.in, int64(0)
+			src, total := io.Reader(stdin{c.Context(), a.in}), int64(0)
 			if args[0] != "-" {
 				f, err := os.Open(args[0])
 				if err != nil {
@@ -254,6 +255,36 @@ func (a *app) fsPut() *cobra.Command {
 				return ds.Volume().Put(c.Context(), addr.Path, src, p.at)
 			})
 		},
+	}
+}
+
+// stdin is the standard input, whose wait for more ends with ctx.
+type stdin struct {
+	ctx context.Context
+	in  io.Reader
+}
+
+// stdinPoll is how long the wait lasts until ctx is looked at again, in
+// milliseconds.
+const stdinPoll = 100
+
+func (s stdin) Read(p []byte) (int, error) {
+	f, ok := s.in.(*os.File)
+	if !ok {
+		return s.in.Read(p)
+	}
+	ready := []unix.PollFd{{Fd: int32(f.Fd()), Events: unix.POLLIN}}
+	for {
+		if err := s.ctx.Err(); err != nil {
+			return 0, err
+		}
+		n, err := unix.Poll(ready, stdinPoll)
+		if err != nil && !errors.Is(err, unix.EINTR) {
+			return 0, fmt.Errorf("standard input: %w", err)
+		}
+		if n > 0 {
+			return f.Read(p)
+		}
 	}
 }
 
