@@ -19,9 +19,12 @@
 //
 //   - A slab's tag names at most one object, and changes only under that object's
 //     exclusive lock, for which the intent is durable (R2).
+//
 //   - The identity unit is the truth of an object's name; an entry that disagrees
 //     with it is stale (R4).
+//
 //   - An object slot turns FREE only after the last tag that names it is cleared.
+//
 //   - A lock whose holder's generation is dead is free (lease.Session.Dead).
 //
 //   - An object is DYING, and shown by nothing, from before it owns its first slab

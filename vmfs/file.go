@@ -235,7 +235,7 @@ func (o *Object) fill(ctx context.Context, r io.Reader, progress func(int64)) er
 		return err
 	}
 	// enliven flushes the content.
-	return o.edit(ctx, func(h *Header) { h.SizeBytes, h.Payload, h.Intents = size, c.Encode(), nil })
+	return o.editTwice(ctx, func(h *Header) { h.SizeBytes, h.Payload, h.Intents = size, c.Encode(), nil })
 }
 
 // growFile claims slabs and names them in the header, so that its intents stay few.

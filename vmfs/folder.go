@@ -295,7 +295,7 @@ func (f *folder) freeBlocks(ctx context.Context, next *FolderContent, n int) ([]
 
 // store puts the content into the header, with no intents.
 func (f *folder) store(ctx context.Context, next *FolderContent) error {
-	err := f.edit(ctx, func(h *Header) { h.Payload, h.Intents = next.Encode(), nil })
+	err := f.editTwice(ctx, func(h *Header) { h.Payload, h.Intents = next.Encode(), nil })
 	if err == nil {
 		f.content = next
 	}

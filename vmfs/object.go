@@ -235,6 +235,16 @@ func (o *Object) edit(ctx context.Context, f func(*Header)) error {
 	return o.PutHeader(ctx, next)
 }
 
+// editTwice leaves the same content in both copies, for objects that have no other
+// record of a change: a copy that rots, or whose write was acknowledged and lost,
+// then takes no name and no content with it. A disk has its log for that.
+func (o *Object) editTwice(ctx context.Context, f func(*Header)) error {
+	if err := o.edit(ctx, f); err != nil {
+		return err
+	}
+	return o.edit(ctx, func(*Header) {})
+}
+
 // readLock reads a lock record without taking it.
 func (v *Volume) readLock(ctx context.Context, slot uint32) (*LockRecord, error) {
 	p := v.lockPlace(slot)
