@@ -146,7 +146,7 @@ func listenControl(path string) (*net.UnixListener, error) {
 func listenUnix(path string) (*net.UnixListener, error) {
 	addr := &net.UnixAddr{Name: path, Net: "unix"}
 	if c, err := net.DialUnix("unix", nil, addr); err == nil {
-		c.Close()
+		_ = c.Close()
 		return nil, fmt.Errorf("%s: another process listens there", path)
 	}
 	if fi, err := os.Lstat(path); err == nil && fi.Mode().Type() == os.ModeSocket {

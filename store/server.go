@@ -250,6 +250,6 @@ func listen(addr string, uid, gid int) (net.Listener, error) {
 
 func closeAll(ls []net.Listener) {
 	for _, l := range ls {
-		l.Close() //nolint:errcheck // closed already when it served
+		_ = l.Close() // closed already when it served
 	}
 }

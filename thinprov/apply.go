@@ -25,7 +25,7 @@ func (d *Disk) tableEditor() *cowtree.Editor {
 func (d *Disk) nodeFreed(blk uint64) {
 	r := run{blk, 1}
 	if err := d.alloc.unuse(r); err != nil {
-		d.failLocked(err) // two nodes at one address: the disk is damaged
+		_ = d.failLocked(err) // two nodes at one address: the disk is damaged
 		return
 	}
 	d.nodeFrees = append(d.nodeFrees, r)

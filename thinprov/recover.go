@@ -147,7 +147,7 @@ func (d *Disk) replay(ctx context.Context, lockGen uint64) (int, error) {
 		}
 		r, crc, err := d.seed.OpenRecord(rec, at)
 		if err != nil || r.Seq != mark.seq || r.Prev != mark.prev || r.LockGen < lockGen {
-			return records, nil //nolint:nilerr // what does not continue the chain is not part of the log
+			return records, nil // what does not continue the chain is not part of the log
 		}
 		if !d.readOnly && r.LockGen >= d.lockGen {
 			return 0, fmt.Errorf("%w: %d, the log's is %d", ErrStale, d.lockGen, r.LockGen)

@@ -109,7 +109,7 @@ func (h *Handle) Close() error {
 	h.state = closed
 	l.wakeLocked()
 	for h.calls > 0 {
-		l.waitLocked(context.Background()) // a background context never ends
+		_ = l.waitLocked(context.Background()) // a background context never ends
 	}
 	if h.key == nil && h.hold == nil {
 		l.handles = slices.DeleteFunc(l.handles, func(o *Handle) bool { return o == h })

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"text/tabwriter"
 	"time"
@@ -57,10 +58,9 @@ func (a *app) hosts(ctx context.Context, lun string) ([]hostInfo, error) {
 	}
 	v, err := vmfs.View(ctx, dev, a.clk)
 	if err != nil {
-		dev.Close() //nolint:errcheck // the other error counts
-		return nil, err
+		return nil, errors.Join(err, dev.Close())
 	}
-	defer v.Close(ctx) //nolint:errcheck // opened for reading
+	defer func() { _ = v.Close(ctx) }() // it was opened for reading
 	first, err := v.Hosts(ctx)
 	if err != nil {
 		return nil, err

@@ -177,7 +177,7 @@ func (r *rawRun) clone(pidfd *int32) (uintptr, syscall.Errno) {
 	}
 	r.child()
 	for {
-		syscall.RawSyscall(unix.SYS_EXIT_GROUP, 0, 0, 0)
+		_, _, _ = syscall.RawSyscall(unix.SYS_EXIT_GROUP, 0, 0, 0)
 	}
 }
 
