@@ -8,7 +8,9 @@ import (
 	"math/rand/v2"
 	"sync"
 	"testing"
+	"time"
 
+	"basalt/block"
 	"basalt/vmfs"
 )
 
@@ -227,4 +229,35 @@ func TestHostsExtendTheTableAtOnce(t *testing.T) {
 	if err := v.Close(t.Context()); err != nil {
 		t.Error(err)
 	}
+}
+
+// A creation that needs a longer object table lets its folder go while it waits for
+// the volume lock: its holder, who moves a folder, may be waiting for that one.
+// Guards the order of locks in inFolder.
+func TestExtensionDoesNotWaitWithAFolderInHand(t *testing.T) {
+	p := prepare(t, scenarios()[len(scenarios())-1])
+	inSite(t, p.lun, func(x *site) {
+		ctx := x.t.Context()
+		a := x.mount("a")
+		d := &meddler{within: block.Range{OffBytes: objectAt(1), LenBytes: 512}}
+		b := x.mountMeddled("b", d)
+		created := make(chan error, 1)
+		d.before = func() { // b has the volume lock and is about to lock the root folder
+			go func() { created <- p.run(ctx, a.Volume) }()
+			waitFor(x, 20*time.Millisecond)
+		}
+		begin := x.clk.Now()
+		if err := b.Rename(ctx, "/"+long(0), "/"+long(1)+"/moved"); err != nil {
+			x.t.Error(err)
+		}
+		if err := <-created; err != nil {
+			x.t.Error(err)
+		}
+		if d.before != nil {
+			x.t.Error("nobody meddled")
+		}
+		if took := x.clk.Now().Sub(begin); took > 5*time.Second {
+			x.t.Errorf("they waited %v for each other", took)
+		}
+	})
 }

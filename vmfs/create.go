@@ -41,15 +41,34 @@ func (v *Volume) Create(ctx context.Context, path string, n New) (*Object, error
 	if err != nil {
 		return nil, err
 	}
-	f, err := v.openFolder(ctx, parent)
-	if err != nil {
-		return nil, err
+	return v.inFolder(ctx, parent, func(f *folder) (*Object, error) { return v.createIn(ctx, f, name, n) })
+}
+
+// inFolder makes an object under a folder's lock. When the object table is full it
+// lets the folder go before it waits for the volume lock, whose holder may be
+// waiting for the folder, and begins anew.
+func (v *Volume) inFolder(ctx context.Context, parent Ref, create func(*folder) (*Object, error)) (*Object, error) {
+	for {
+		f, err := v.openFolder(ctx, parent)
+		if err != nil {
+			return nil, err
+		}
+		o, err := create(f)
+		if cerr := f.Close(ctx); cerr != nil {
+			err = errors.Join(err, cerr)
+			if o != nil {
+				err = errors.Join(err, v.bury(ctx, o), o.Close(ctx))
+			}
+			return nil, err
+		}
+		full, ok := errors.AsType[*tableFullError](err)
+		if !ok {
+			return o, err
+		}
+		if err := v.extendTable(ctx, full.groups); err != nil {
+			return nil, err
+		}
 	}
-	o, err := v.createIn(ctx, f, name, n)
-	if cerr := f.Close(ctx); cerr != nil && o != nil {
-		return nil, errors.Join(cerr, o.Close(ctx))
-	}
-	return o, err
 }
 
 func (v *Volume) createIn(ctx context.Context, f *folder, name string, n New) (*Object, error) {
@@ -132,46 +151,40 @@ func (v *Volume) undo(ctx context.Context, o *Object, f *folder, name string) er
 // object table.
 const manyProbes = 2 * ObjectsPerGroup
 
-// newObject finds a free object slot, locks it, and begins the slot's next life.
+// newObject finds a free object slot, locks it, and begins the slot's next life. A
+// *tableFullError asks for a longer object table.
 func (v *Volume) newObject(ctx context.Context, n New, parent Ref, name string) (*Object, error) {
-	for {
-		groups, err := v.tableGroups(ctx)
+	groups, err := v.tableGroups(ctx)
+	if err != nil {
+		return nil, err
+	}
+	total := groups * ObjectsPerGroup
+	probes := total
+	if int64(groups) < v.geo.tableGroups() {
+		probes = min(total, manyProbes)
+	}
+	v.mu.Lock()
+	start := v.slots % total
+	v.mu.Unlock()
+	for i := range probes {
+		slot := (start + i) % total
+		l, incarnation, err := v.tryObject(ctx, slot)
 		if err != nil {
 			return nil, err
 		}
-		total := groups * ObjectsPerGroup
-		probes := total
-		if int64(groups) < v.geo.tableGroups() {
-			probes = min(total, manyProbes)
+		if l == nil {
+			continue
 		}
 		v.mu.Lock()
-		start := v.slots % total
+		v.slots = slot + 1
 		v.mu.Unlock()
-		for i := range probes {
-			slot := (start + i) % total
-			l, incarnation, err := v.tryObject(ctx, slot)
-			if err != nil {
-				return nil, err
-			}
-			if l == nil {
-				continue
-			}
-			v.mu.Lock()
-			v.slots = slot + 1
-			v.mu.Unlock()
-			o := &Object{v: v, ref: Ref{slot, incarnation + 1}, kind: n.Kind, lock: l}
-			if err := v.conceive(context.WithoutCancel(ctx), o, n, parent, name); err != nil {
-				return nil, errors.Join(err, l.release(ctx))
-			}
-			return o, nil
+		o := &Object{v: v, ref: Ref{slot, incarnation + 1}, kind: n.Kind, lock: l}
+		if err := v.conceive(context.WithoutCancel(ctx), o, n, parent, name); err != nil {
+			return nil, errors.Join(err, l.release(ctx))
 		}
-		if err := v.extendTable(ctx, groups); err != nil {
-			return nil, err
-		}
-		v.mu.Lock()
-		v.slots = total
-		v.mu.Unlock()
+		return o, nil
 	}
+	return nil, &tableFullError{groups}
 }
 
 // tryObject locks a slot if it is free and nobody else is about to take it, and

@@ -31,9 +31,10 @@
 //     until its content is on media.
 //
 // Lock order, on media: an object that is being created or published from, the
-// volume lock, folders in slot order. Whoever holds a folder waits for no other
-// object's lock longer than it polls; identity units change by compare-and-write
-// under whatever lock their rule asks for. In memory: the semaphore of a slot
-// (Volume.locals) before its lock, the semaphore of an origin (Volume.origins)
-// last; Volume.mu and Object.mu guard fields only and are never held across I/O.
+// volume lock, folders in slot order. Whoever holds a folder polls for another
+// object's lock and breaks its holder if that is dead, but does not wait for a living
+// one; identity units change by compare-and-write under whatever lock their rule asks
+// for. In memory: the semaphore of a slot (Volume.locals) before its lock, the
+// semaphore of an origin (Volume.origins) last; Volume.mu and Object.mu guard fields
+// only and are never held across I/O.
 package vmfs

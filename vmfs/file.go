@@ -158,16 +158,10 @@ func (v *Volume) Put(ctx context.Context, path string, r io.Reader, progress fun
 
 // begin makes an empty file that nobody sees yet.
 func (v *Volume) begin(ctx context.Context, parent Ref, name string) (*Object, error) {
-	f, err := v.openFolder(ctx, parent)
-	if err != nil {
-		return nil, err
-	}
 	empty := FileContent{form: fileInline}
-	o, err := v.beginIn(ctx, f, name, New{Kind: KindFile, Payload: empty.Encode()})
-	if cerr := f.Close(ctx); cerr != nil && o != nil {
-		return nil, errors.Join(cerr, v.bury(ctx, o), o.Close(ctx))
-	}
-	return o, err
+	return v.inFolder(ctx, parent, func(f *folder) (*Object, error) {
+		return v.beginIn(ctx, f, name, New{Kind: KindFile, Payload: empty.Encode()})
+	})
 }
 
 // endPut locks the folder again for the end of a Put.

@@ -27,7 +27,19 @@ func (v *Volume) extendTable(ctx context.Context, have uint32) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(v.extendLocked(context.WithoutCancel(ctx), have), l.release(ctx))
+	err = errors.Join(v.extendLocked(context.WithoutCancel(ctx), have), l.release(ctx))
+	v.mu.Lock()
+	v.slots = have * ObjectsPerGroup // where the new part begins
+	v.mu.Unlock()
+	return err
+}
+
+// tableFullError: none of the object slots that were looked at is free, in a table
+// of so many groups.
+type tableFullError struct{ groups uint32 }
+
+func (e *tableFullError) Error() string {
+	return fmt.Sprintf("vmfs: no free object slot in %d groups", e.groups)
 }
 
 // extendLocked zeroes the part, writes its units, flushes, and then raises the

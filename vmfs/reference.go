@@ -188,7 +188,14 @@ func (v *Volume) Publish(ctx context.Context, disk *Object, uuid [16]byte, sizeB
 	}
 	// The name that fill makes durable is taken before: no other object can ever
 	// have it.
-	o, err := v.newObject(ctx, New{Kind: KindSnapshot, SizeBytes: sizeBytes, Origin: disk.ref, OriginUUID: uuid}, disk.ref, "")
+	n := New{Kind: KindSnapshot, SizeBytes: sizeBytes, Origin: disk.ref, OriginUUID: uuid}
+	o, err := v.newObject(ctx, n, disk.ref, "")
+	for full, ok := errors.AsType[*tableFullError](err); ok; full, ok = errors.AsType[*tableFullError](err) {
+		if err := v.extendTable(ctx, full.groups); err != nil {
+			return Ref{}, err
+		}
+		o, err = v.newObject(ctx, n, disk.ref, "")
+	}
 	if err != nil {
 		return Ref{}, err
 	}
