@@ -11,7 +11,7 @@ FUZZTIME ?= 20s
 GUEST := .cache/guest
 
 # Packages whose bugs hide in the order of goroutines.
-RACE := $(patsubst %,./%/...,$(wildcard block internal/clock lease vmfs thinprov nbd hypervisor datastore control store))
+RACE := $(patsubst %,./%/...,$(wildcard block internal/clock lease vmfs thinprov nbd hypervisor datastore store))
 # Tests of real peers and real guests live beside the code they test.
 E2E := $(patsubst %,./%/...,$(wildcard e2e hypervisor nbd))
 
@@ -44,6 +44,7 @@ demo: build packages-e2e guest ## a guided run with real guests (KEEP=1 keeps wh
 .PHONY: test
 test: packages-go packages-race ## all tests that need no guest, under the race detector
 	CGO_ENABLED=1 go test -race -timeout 15m ./...
+	go test -timeout 5m ./thinprov # more seeds than fit under the race detector
 
 .PHONY: e2e
 e2e: build packages-e2e guest ## tests with real guests and real peers, one package at a time

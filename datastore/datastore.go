@@ -4,8 +4,11 @@
 //
 // A disk's lock is taken when its first user opens it and dropped after its last.
 //
-// Lock order: Datastore.mu guards the table of disks and is never held across I/O;
-// shared.mu is held while one disk is being opened or closed.
+// Nothing is answered of a disk once its host's lease is in doubt, not even what
+// needs no device operation: a hole's zeros, a flush of nothing.
+//
+// Lock order: shared.mu, held while one disk is being opened or closed, then
+// Datastore.mu, which guards the table of disks and is never held across I/O.
 package datastore
 
 import (
@@ -25,9 +28,9 @@ import (
 
 // Errors that callers decide on, beside those of vmfs and thinprov.
 var (
-	ErrNotDisk  = errors.New("datastore: not a disk")
-	ErrDiskOpen = errors.New("datastore: disk is in use")
-	ErrNoSnap   = errors.New("datastore: no such snapshot")
+	ErrNotDisk    = errors.New("datastore: not a disk")
+	ErrDiskOpen   = errors.New("datastore: disk is in use")
+	ErrNoSnapshot = errors.New("datastore: no such snapshot")
 )
 
 // Options are the settings of a mount.
@@ -49,20 +52,6 @@ type Datastore struct {
 
 	mu    sync.Mutex // guards disks
 	disks map[vmfs.Ref]*shared
-}
-
-// shared is one disk's open instance.
-type shared struct {
-	path string
-
-	mu    sync.Mutex // held while opening and closing; guards the rest
-	users int
-	obj   *vmfs.Object
-	disk  *thinprov.Disk
-	// resumed is closed when the deletion of a snapshot that a crash cut off has been
-	// finished, or given up; stop gives it up.
-	resumed chan struct{}
-	stop    context.CancelFunc
 }
 
 // Mount joins the volume on dev as a host; see vmfs.Mount. It owns dev unless it
@@ -129,111 +118,6 @@ func newUUID() [16]byte {
 	return u
 }
 
-// Disk is one user's access to an open disk. Close ends it.
-type Disk struct {
-	*thinprov.Disk
-	d   *Datastore
-	ref vmfs.Ref
-	sh  *shared
-}
-
-// OpenDisk gives access to a disk; the first user in this process takes its lock,
-// from a dead host if need be. A *vmfs.HeldError tells which live host has it.
-func (d *Datastore) OpenDisk(ctx context.Context, path string) (*Disk, error) {
-	info, err := d.lookupDisk(ctx, path)
-	if err != nil {
-		return nil, err
-	}
-	d.mu.Lock()
-	sh := d.disks[info.Ref]
-	if sh == nil {
-		sh = &shared{path: path}
-		d.disks[info.Ref] = sh
-	}
-	d.mu.Unlock()
-
-	sh.mu.Lock()
-	defer sh.mu.Unlock()
-	if sh.users == 0 {
-		if err := d.openShared(ctx, info.Ref, sh); err != nil {
-			return nil, err
-		}
-	}
-	sh.users++
-	return &Disk{Disk: sh.disk, d: d, ref: info.Ref, sh: sh}, nil
-}
-
-func (d *Datastore) openShared(ctx context.Context, ref vmfs.Ref, sh *shared) error {
-	obj, err := d.vol.Open(ctx, ref, vmfs.LockExclusive, vmfs.NoWait)
-	if err != nil {
-		return err
-	}
-	disk, err := thinprov.Open(ctx, objectStore{d.vol, obj}, d.clk, d.log.With("disk", sh.path), thinprov.Options{BootID: d.boot})
-	if err != nil {
-		return errors.Join(err, obj.Close(ctx))
-	}
-	sh.obj, sh.disk, sh.resumed = obj, disk, make(chan struct{})
-	background, stop := context.WithCancel(context.WithoutCancel(ctx))
-	sh.stop = stop
-	go func(resumed chan struct{}) {
-		defer close(resumed)
-		if err := disk.ResumeDeletion(background); err != nil && background.Err() == nil {
-			d.log.Warn("a snapshot's deletion is not finished", "disk", sh.path, "error", err)
-		}
-	}(sh.resumed)
-	return nil
-}
-
-// settled waits until a deletion that a crash cut off is out of the way.
-func (k *Disk) settled(ctx context.Context) error {
-	select {
-	case <-k.sh.resumed:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
-// Close ends this user's access; the last one's writes the disk's state out and
-// gives its lock up. Every operation through it has ended.
-func (k *Disk) Close(ctx context.Context) error {
-	k.sh.mu.Lock()
-	defer k.sh.mu.Unlock()
-	k.sh.users--
-	if k.sh.users > 0 {
-		return nil
-	}
-	k.sh.stop()
-	<-k.sh.resumed
-	// When the disk cannot be closed cleanly its lock goes all the same: the next
-	// opener recovers it as after a crash. All I/O under the lock has ended (R20).
-	err := errors.Join(k.sh.disk.Close(ctx), k.sh.obj.Close(ctx))
-	k.sh.disk, k.sh.obj = nil, nil
-	return err
-}
-
-// openUsers tells how many have the disk open in this process.
-func (d *Datastore) openUsers(ref vmfs.Ref) int {
-	d.mu.Lock()
-	sh := d.disks[ref]
-	d.mu.Unlock()
-	if sh == nil {
-		return 0
-	}
-	sh.mu.Lock()
-	defer sh.mu.Unlock()
-	return sh.users
-}
-
-// with runs f on the disk, opened for as long as f takes.
-func (d *Datastore) with(ctx context.Context, path string, f func(*Disk) error) error {
-	k, err := d.OpenDisk(ctx, path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f(k), k.Close(context.WithoutCancel(ctx)))
-}
-
 // inspect opens a disk for reading its metadata, without its lock.
 func (d *Datastore) inspect(ctx context.Context, ref vmfs.Ref) (*thinprov.Disk, error) {
 	o, err := d.vol.OpenView(ctx, ref)
@@ -241,4 +125,34 @@ func (d *Datastore) inspect(ctx context.Context, ref vmfs.Ref) (*thinprov.Disk, 
 		return nil, err
 	}
 	return thinprov.Open(ctx, objectStore{d.vol, o}, d.clk, d.log, thinprov.Options{})
+}
+
+// Rename moves an object to another name on the volume. It refuses a disk that is
+// in use, and a folder above one: whoever uses a disk finds it by its path again
+// when it reconnects, and must not find another. It waits for nobody.
+func (d *Datastore) Rename(ctx context.Context, from, to string) (err error) {
+	info, err := d.vol.Lookup(ctx, from)
+	if err != nil {
+		return err
+	}
+	disks := []vmfs.Ref{info.Ref}
+	if info.Kind == vmfs.KindFolder {
+		disks = nil
+		if err := d.vol.Walk(ctx, info.Ref, func(_ string, in vmfs.Info) error {
+			if in.Kind == vmfs.KindDisk {
+				disks = append(disks, in.Ref)
+			}
+			return nil
+		}); err != nil {
+			return err
+		}
+	}
+	for _, ref := range disks {
+		o, oerr := d.vol.Open(ctx, ref, vmfs.LockExclusive, vmfs.NoWait)
+		if oerr != nil {
+			return oerr
+		}
+		defer func() { err = errors.Join(err, o.Close(context.WithoutCancel(ctx))) }()
+	}
+	return d.vol.Rename(ctx, from, to)
 }

@@ -79,7 +79,7 @@ func (d *Datastore) look(ctx context.Context, path string, f func(vmfs.Ref, *thi
 		return err
 	}
 	if d.openUsers(info.Ref) > 0 {
-		return d.with(ctx, path, func(k *Disk) error { return f(info.Ref, k.Disk) })
+		return d.with(ctx, path, func(k *Disk) error { return f(info.Ref, k.engine) })
 	}
 	for try := 1; ; try++ {
 		k, err := d.inspect(ctx, info.Ref)

@@ -16,8 +16,8 @@ func (d *Datastore) CreateSnapshot(ctx context.Context, path, name string) error
 		return fmt.Errorf("snapshot: %w", err)
 	}
 	return d.with(ctx, path, func(k *Disk) error {
-		_, err := k.Snapshot(ctx, name, newUUID())
-		return err
+		_, err := k.engine.Snapshot(ctx, name, newUUID())
+		return k.d.vouched(ctx, err)
 	})
 }
 
@@ -25,24 +25,24 @@ func (d *Datastore) CreateSnapshot(ctx context.Context, path, name string) error
 // that clones depend on.
 func (d *Datastore) RemoveSnapshot(ctx context.Context, path, name string) error {
 	return d.with(ctx, path, func(k *Disk) error {
-		s, err := findSnapshot(k.Disk, path, name)
+		if err := d.unpublish(ctx, k, path, name); err != nil {
+			return err
+		}
+		s, err := findSnapshot(k.engine, path, name)
 		if err != nil {
 			return err
 		}
-		if err := d.unpublish(ctx, k, s); err != nil {
-			return err
-		}
-		if err := k.settled(ctx); err != nil {
-			return err
-		}
-		return k.DeleteSnapshot(ctx, s.UUID)
+		return k.engine.DeleteSnapshot(ctx, s.UUID)
 	})
 }
 
 // unpublish takes back that a snapshot is an object of its own, if it is one.
-func (d *Datastore) unpublish(ctx context.Context, k *Disk, s thinprov.Snapshot) error {
-	if s.Published == (thinprov.Ref{}) {
-		return nil
+func (d *Datastore) unpublish(ctx context.Context, k *Disk, path, name string) error {
+	k.sh.publishing.Lock()
+	defer k.sh.publishing.Unlock()
+	s, err := findSnapshot(k.engine, path, name)
+	if err != nil || s.Published == (thinprov.Ref{}) {
+		return err
 	}
 	if err := d.vol.Unpublish(ctx, vmfs.Ref(s.Published)); err != nil {
 		if errors.Is(err, vmfs.ErrInUse) {
@@ -50,7 +50,7 @@ func (d *Datastore) unpublish(ctx context.Context, k *Disk, s thinprov.Snapshot)
 		}
 		return err
 	}
-	return k.Unpublish(ctx, s.UUID)
+	return k.engine.Unpublish(ctx, s.UUID)
 }
 
 func findSnapshot(k *thinprov.Disk, path, name string) (thinprov.Snapshot, error) {
@@ -59,7 +59,7 @@ func findSnapshot(k *thinprov.Disk, path, name string) (thinprov.Snapshot, error
 			return s, nil
 		}
 	}
-	return thinprov.Snapshot{}, fmt.Errorf("%s@%s: %w", path, name, ErrNoSnap)
+	return thinprov.Snapshot{}, fmt.Errorf("%s@%s: %w", path, name, ErrNoSnapshot)
 }
 
 // Clone makes a new disk that starts as the snapshot and shares its blocks, at
@@ -124,7 +124,9 @@ func (d *Datastore) published(ctx context.Context, path, name string) (vmfs.Ref,
 
 // publish makes a snapshot an object under its disk's lock (R17).
 func (d *Datastore) publish(ctx context.Context, k *Disk, path, name string) (vmfs.Ref, error) {
-	s, err := findSnapshot(k.Disk, path, name)
+	k.sh.publishing.Lock()
+	defer k.sh.publishing.Unlock()
+	s, err := findSnapshot(k.engine, path, name)
 	if err != nil {
 		return vmfs.Ref{}, err
 	}
@@ -134,12 +136,12 @@ func (d *Datastore) publish(ctx context.Context, k *Disk, path, name string) (vm
 			return vmfs.Ref(s.Published), err
 		}
 		// An earlier publishing came no further than the disk's log.
-		if err := k.Unpublish(ctx, s.UUID); err != nil {
+		if err := k.engine.Unpublish(ctx, s.UUID); err != nil {
 			return vmfs.Ref{}, err
 		}
 	}
 	return d.vol.Publish(ctx, k.sh.obj, s.UUID, k.SizeBytes(), func(ref vmfs.Ref) ([]byte, error) {
-		return k.Publish(ctx, s.UUID, thinprov.Ref(ref))
+		return k.engine.Publish(ctx, s.UUID, thinprov.Ref(ref))
 	})
 }
 
@@ -168,8 +170,8 @@ func (d *Datastore) RemoveDisk(ctx context.Context, path string) error {
 	}
 	if info.Identity.Count > 0 || info.Identity.Pending.Delta != 0 {
 		if err := d.with(ctx, path, func(k *Disk) error {
-			for _, s := range k.Snapshots() {
-				if err := d.unpublish(ctx, k, s); err != nil {
+			for _, s := range k.engine.Snapshots() {
+				if err := d.unpublish(ctx, k, path, s.Name); err != nil {
 					return err
 				}
 			}
@@ -188,24 +190,37 @@ func (d *Datastore) OpenSnapshot(ctx context.Context, path, name string) (*Snaps
 	if err != nil {
 		return nil, err
 	}
-	s, err := findSnapshot(k.Disk, path, name)
+	s, err := findSnapshot(k.engine, path, name)
 	if err != nil {
 		return nil, errors.Join(err, k.Close(ctx))
 	}
-	v, err := k.View(ctx, s.UUID)
+	v, err := k.engine.View(ctx, s.UUID)
 	if err != nil {
 		return nil, errors.Join(err, k.Close(ctx))
 	}
-	return &Snapshot{View: v, disk: k}, nil
+	return &Snapshot{view: v, disk: k}, nil
 }
 
 // Snapshot is a snapshot that is open for reading.
 type Snapshot struct {
-	*thinprov.View
+	view *thinprov.View
 	disk *Disk
+}
+
+// SizeBytes is the snapshot's size.
+func (s *Snapshot) SizeBytes() int64 { return s.view.SizeBytes() }
+
+// ReadAt fills p from offBytes.
+func (s *Snapshot) ReadAt(ctx context.Context, p []byte, offBytes int64) error {
+	return s.disk.d.vouched(ctx, s.view.ReadAt(ctx, p, offBytes))
+}
+
+// Map tells which parts of a range are mapped; see Disk.Map.
+func (s *Snapshot) Map(ctx context.Context, offBytes, lenBytes int64, emit func(thinprov.Run) bool) error {
+	return s.disk.d.vouched(ctx, s.view.Map(ctx, offBytes, lenBytes, emit))
 }
 
 // Close ends the access.
 func (s *Snapshot) Close(ctx context.Context) error {
-	return errors.Join(s.View.Close(), s.disk.Close(ctx))
+	return errors.Join(s.view.Close(), s.disk.Close(ctx))
 }

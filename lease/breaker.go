@@ -41,6 +41,7 @@ type Breaker struct {
 	outcome  error         // of withdrawing
 	drained  clock.Instant
 	report   BreakReport
+	target   Register // as it was when KILL was asked for
 }
 
 // BreakerConfig says who breaks whom.
@@ -203,7 +204,7 @@ func (b *Breaker) watch(now clock.Instant, ev BreakerEvent) BreakerAction {
 		return b.end(b.holderError(ErrUnfenced, r, nil))
 	}
 	b.report.Silence, b.report.Proven = b.window.Silence(), proven
-	b.state = stateKilling
+	b.state, b.target = stateKilling, r
 	r.Phase, r.BreakerSlot, r.BreakerGeneration = Kill, b.cfg.BySlot, b.cfg.ByGeneration
 	return BreakerAction{Kind: SwapRegister, Old: p.Image, Next: r}
 }
@@ -231,6 +232,11 @@ func (b *Breaker) again(now clock.Instant) BreakerAction {
 }
 
 func (b *Breaker) killed(now clock.Instant, ev BreakerEvent) BreakerAction {
+	if errors.Is(ev.Err, block.ErrBusy) {
+		// Another process keeps the register's bytes locked, perhaps the holder itself,
+		// stopped in the middle of its own change: only its end helps.
+		return b.end(b.holderError(ErrUnfenced, b.target, ev.Err))
+	}
 	if ev.Err != nil {
 		return b.refused()
 	}

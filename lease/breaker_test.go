@@ -257,6 +257,22 @@ func TestKillWithUnknownOutcomeNeedsANewWindow(t *testing.T) {
 	}
 }
 
+// A register whose bytes another process keeps locked cannot be changed: the break
+// ends and says so, instead of trying for ever.
+func TestRegisterThatStaysBusyEndsTheBreak(t *testing.T) {
+	b := newBreakTable(t)
+	b.fail = func(a lease.BreakerAction, _ int) *lease.BreakerEvent {
+		if a.Kind == lease.SwapRegister {
+			return &lease.BreakerEvent{Kind: lease.Swapped, Err: block.ErrBusy}
+		}
+		return nil
+	}
+	err := b.finish(lease.NewBreaker(breakerConfig(), lease.Window{}))
+	if !errors.Is(err, lease.ErrUnfenced) || !errors.Is(err, block.ErrBusy) {
+		t.Fatalf("break of a holder whose register is busy: %v", err)
+	}
+}
+
 func TestCallsDoNotStopABreak(t *testing.T) {
 	for n := 1; n <= 2; n++ { // a call just before KILL, and just before DONE
 		b := newBreakTable(t)

@@ -91,6 +91,20 @@ func (s *Session) Err() error {
 	return s.err
 }
 
+// Await returns nil while the lease is valid, waits while it is in doubt, and
+// fails with ErrLost once the generation is gone. Whatever is told to anybody
+// without an operation of the Device having been needed for it waits for this
+// first: another host may own by now what the answer is about.
+func (s *Session) Await(ctx context.Context) error {
+	gate := s.device.gate
+	for !gate.open() {
+		if err := gate.wait(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 func (s *Session) setLost(err error) {
 	s.mu.Lock()
 	s.err = err

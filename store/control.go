@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"syscall"
 	"time"
 
 	"basalt/datastore"
@@ -62,6 +63,9 @@ const controlTimeout = 30 * time.Second
 
 // pingTimeout is how long a host may take to answer VerbPing.
 const pingTimeout = 5 * time.Second
+
+// errSilent: somebody listens on the control socket and does not answer.
+var errSilent = errors.New("control: the host does not answer")
 
 // pingEvery is how often a host that works at a request is pinged meanwhile.
 const pingEvery = 2 * time.Second
@@ -145,11 +149,14 @@ func listenControl(path string) (*net.UnixListener, error) {
 // listenUnix listens on a unix socket, in the place of one that nobody answers on.
 func listenUnix(path string) (*net.UnixListener, error) {
 	addr := &net.UnixAddr{Name: path, Net: "unix"}
-	if c, err := net.DialUnix("unix", nil, addr); err == nil {
-		_ = c.Close()
+	c, err := net.DialUnix("unix", nil, addr)
+	switch {
+	case err == nil:
+		_ = c.Close() // it was only asked whether somebody is there
 		return nil, fmt.Errorf("%s: another process listens there", path)
-	}
-	if fi, err := os.Lstat(path); err == nil && fi.Mode().Type() == os.ModeSocket {
+	case errors.Is(err, syscall.ECONNREFUSED):
+		// The socket of a process that is gone; other errors, of a full backlog for one,
+		// do not tell so.
 		if err := os.Remove(path); err != nil {
 			return nil, err
 		}

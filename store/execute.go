@@ -29,6 +29,9 @@ func Execute(ctx context.Context, lun string, h Host, clk clock.Clock, log *slog
 	if !errors.Is(err, ErrNoControl) {
 		return resp, err
 	}
+	if errors.Is(err, errSilent) {
+		log.Warn("the server that holds the disk does not answer; it is cut off if it stays silent for its lease", "disk", req.Path)
+	}
 	ds, err := Mount(ctx, lun, h, clk, log)
 	if err != nil {
 		return Response{}, err
@@ -90,7 +93,7 @@ func ping(ctx context.Context, socket string) error {
 	defer cancel()
 	_, err := Ask(short, socket, Request{Verb: VerbPing})
 	if err != nil && ctx.Err() == nil && !errors.Is(err, ErrNoControl) {
-		err = fmt.Errorf("%w: %w", ErrNoControl, err)
+		err = fmt.Errorf("%w: %w: %w", ErrNoControl, errSilent, err)
 	}
 	return err
 }

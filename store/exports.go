@@ -89,7 +89,7 @@ func (e *exports) Open(ctx context.Context, name string) (nbd.Export, error) {
 		if err != nil {
 			return nil, exportError(err)
 		}
-		return &snapshotExport{s: s, info: e.info(s.SizeBytes(), true)}, nil
+		return &snapshotExport{s: s, session: e.ds.Volume().Session(), info: e.info(s.SizeBytes(), true)}, nil
 	}
 	k, err := e.ds.OpenDisk(ctx, disk)
 	if err != nil {
@@ -100,7 +100,7 @@ func (e *exports) Open(ctx context.Context, name string) (nbd.Export, error) {
 
 func exportError(err error) error {
 	switch {
-	case errors.Is(err, vmfs.ErrNotFound), errors.Is(err, datastore.ErrNotDisk), errors.Is(err, datastore.ErrNoSnap):
+	case errors.Is(err, vmfs.ErrNotFound), errors.Is(err, datastore.ErrNotDisk), errors.Is(err, datastore.ErrNoSnapshot):
 		return errors.Join(nbd.ErrNotFound, err)
 	}
 	return err
@@ -115,17 +115,19 @@ type diskExport struct {
 
 // answer translates an error for the client. Once the lease is lost nothing may be
 // said any more: another host may own the disk.
-func (x *diskExport) answer(err error) error {
+func answer(session *lease.Session, err error) error {
 	switch {
 	case err == nil:
 		return nil
-	case errors.Is(err, lease.ErrLost) || x.session.Err() != nil:
+	case errors.Is(err, lease.ErrLost) || session.Err() != nil:
 		return errors.Join(nbd.ErrLost, err)
-	case errors.Is(err, thinprov.ErrNoSpace), errors.Is(err, vmfs.ErrNoSpace), errors.Is(err, block.ErrNoSpace):
+	case errors.Is(err, thinprov.ErrNoSpace):
 		return errors.Join(nbd.ErrNoSpace, err)
 	}
 	return err
 }
+
+func (x *diskExport) answer(err error) error { return answer(x.session, err) }
 
 func (x *diskExport) Info() nbd.Info { return x.info }
 
@@ -190,14 +192,15 @@ func emitRuns(emit func(nbd.Extent) bool) func(thinprov.Run) bool {
 // snapshotExport is one connection's access to a snapshot, for reading. The server
 // refuses writes before they get here.
 type snapshotExport struct {
-	s    *datastore.Snapshot
-	info nbd.Info
+	s       *datastore.Snapshot
+	session *lease.Session
+	info    nbd.Info
 }
 
 func (x *snapshotExport) Info() nbd.Info { return x.info }
 
 func (x *snapshotExport) ReadAt(ctx context.Context, p []byte, offBytes int64) error {
-	return x.s.ReadAt(ctx, p, offBytes)
+	return answer(x.session, x.s.ReadAt(ctx, p, offBytes))
 }
 
 func (x *snapshotExport) WriteAt(context.Context, []byte, int64) error  { return nbd.ErrReadOnly }
@@ -210,7 +213,7 @@ func (x *snapshotExport) WriteZeroes(context.Context, int64, int64, nbd.ZeroOpti
 }
 
 func (x *snapshotExport) BlockStatus(ctx context.Context, offBytes, lenBytes int64, emit func(nbd.Extent) bool) error {
-	return x.s.Map(ctx, offBytes, lenBytes, emitRuns(emit))
+	return answer(x.session, x.s.Map(ctx, offBytes, lenBytes, emitRuns(emit)))
 }
 
 func (x *snapshotExport) Close() error { return x.s.Close(context.Background()) }

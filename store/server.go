@@ -2,7 +2,10 @@
 // by NBD, and the control socket over which commands on this machine reach the
 // disks that it holds.
 //
-// Server.Run owns everything it starts and returns after all of it has ended.
+// It does not start guests, and decides nothing about who should serve which disk.
+//
+// Serve owns everything it starts and returns after all of it has ended. The package
+// has no locks of its own.
 package store
 
 import (
@@ -53,6 +56,9 @@ const drainTimeout = 20 * time.Second
 // deadline is when a peer on a socket has taken too long.
 func deadline() time.Time { return clock.System{}.Wall().Add(controlTimeout) }
 
+// ErrListen: not an address to listen at.
+var ErrListen = errors.New("store: cannot listen at")
+
 // ErrStopped: the server ended because its generation was lost.
 var ErrStopped = errors.New("store: this host was cut off from the volume")
 
@@ -63,6 +69,11 @@ func Serve(ctx context.Context, lun string, clk clock.Clock, log *slog.Logger, o
 		return err
 	}
 	defer closeAll(listeners)
+	for i, l := range listeners {
+		if l.Addr().Network() == "tcp" {
+			opts.Listen[i] = "tcp:" + l.Addr().String() // the port that port 0 became
+		}
+	}
 	opts.Host.Server = true
 	ds, err := Mount(ctx, lun, opts.Host, clk, log)
 	if err != nil {
@@ -104,9 +115,9 @@ func (s *server) run(ctx context.Context) error {
 		return errors.Join(err, cl.Close())
 	}
 	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
 	var all sync.WaitGroup
 	defer all.Wait()
+	defer cancel() // before the wait
 	failed := make(chan error, len(s.listeners)+1)
 	for _, l := range s.listeners {
 		all.Go(func() {
@@ -245,7 +256,7 @@ func listen(addr string, uid, gid int) (net.Listener, error) {
 	case kind == "tcp" && rest != "":
 		return net.Listen("tcp", rest)
 	}
-	return nil, fmt.Errorf("%w: listen at %q: want unix:PATH or tcp:HOST:PORT", ErrAddress, addr)
+	return nil, fmt.Errorf("%w %q: want unix:PATH or tcp:HOST:PORT", ErrListen, addr)
 }
 
 func closeAll(ls []net.Listener) {

@@ -29,13 +29,13 @@ func TestOperationsTakeFewIOs(t *testing.T) {
 			most int64
 			run  func(ctx context.Context) error
 		}{
-			{"mkdir", 23, func(ctx context.Context) error { return v.Mkdir(ctx, "/d/x") }},
-			{"rename", 22, func(ctx context.Context) error { return v.Rename(ctx, "/d/x", "/d/y") }},
-			{"remove", 26 + groups, func(ctx context.Context) error { return v.Remove(ctx, "/d/y") }},
-			{"put a short file", 31, func(ctx context.Context) error { return put(ctx, v, "/d/f", 100, 1) }},
+			{"mkdir", 24, func(ctx context.Context) error { return v.Mkdir(ctx, "/d/x") }},
+			{"rename", 25, func(ctx context.Context) error { return v.Rename(ctx, "/d/x", "/d/y") }},
+			{"remove", 28 + groups, func(ctx context.Context) error { return v.Remove(ctx, "/d/y") }},
+			{"put a short file", 34, func(ctx context.Context) error { return put(ctx, v, "/d/f", 100, 1) }},
 			{"lookup", 5, func(ctx context.Context) error { _, err := v.Lookup(ctx, "/d/f"); return err }},
-			{"mkdir among many", 30, func(ctx context.Context) error { return v.Mkdir(ctx, "/"+long(500)) }},
-			{"remove among many", 39 + groups, func(ctx context.Context) error { return v.Remove(ctx, "/"+long(500)) }},
+			{"mkdir among many", 31, func(ctx context.Context) error { return v.Mkdir(ctx, "/"+long(500)) }},
+			{"remove among many", 41 + groups, func(ctx context.Context) error { return v.Remove(ctx, "/"+long(500)) }},
 			{"space", groups + 2, func(ctx context.Context) error { _, err := v.Space(ctx); return err }},
 		} {
 			x.lun.ResetStats()

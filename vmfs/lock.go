@@ -113,7 +113,7 @@ type blocker struct {
 // in the way if it cannot.
 func (v *Volume) take(ctx context.Context, slot uint32, mode LockMode) (*Lock, blocker, error) {
 	p := v.lockPlace(slot)
-	for {
+	for freed := false; ; {
 		if err := ctx.Err(); err != nil {
 			return nil, blocker{}, err
 		}
@@ -138,6 +138,12 @@ func (v *Volume) take(ctx context.Context, slot uint32, mode LockMode) (*Lock, b
 		case err == nil:
 			return &Lock{v: v, slot: slot, mode: mode, img: r.Image, record: next, before: *was}, blocker{}, nil
 		case errors.Is(err, unit.ErrConflict), errors.Is(err, unit.ErrNotExecuted):
+			continue
+		case errors.Is(err, block.ErrBusy) && !freed:
+			freed = true
+			if err := v.breakSilent(ctx); err != nil {
+				return nil, blocker{}, err
+			}
 			continue
 		}
 		return nil, blocker{}, errors.Join(err, v.disown(ctx, slot))
@@ -266,4 +272,25 @@ func (v *Volume) giveUp(ctx context.Context, slot uint32, img []byte) error {
 		return r.Encode(img), nil
 	})
 	return err
+}
+
+// breakSilent breaks every host that gives no sign of life. It is for a unit whose
+// bytes another process keeps busy: perhaps one that was stopped in the middle of a
+// compare-and-write, which nobody else can finish.
+func (v *Volume) breakSilent(ctx context.Context) error {
+	hosts, err := v.Hosts(ctx)
+	if err != nil {
+		return err
+	}
+	for _, h := range hosts {
+		live := h.Err == nil && (h.Register.Phase == lease.Live || h.Register.Phase == lease.Kill)
+		if !live || h.Slot == v.session.Slot() {
+			continue
+		}
+		err := v.session.Break(ctx, h.Slot, h.Register.Generation)
+		if err != nil && !errors.Is(err, lease.ErrAlive) && !errors.Is(err, lease.ErrUnfenced) {
+			return err
+		}
+	}
+	return nil
 }

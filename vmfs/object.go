@@ -198,7 +198,17 @@ func (o *Object) PutHeader(ctx context.Context, h Header) error {
 	}
 	h.Sequence, toB = 1, toB && last != nil
 	if last != nil {
-		h.Sequence = last.Sequence + 1
+		// The media decide which copy is the older: had the last write been acknowledged
+		// and lost, the place of the older one in memory would be that of the only one.
+		newest, _, newestInB, err := o.readHeaders(context.WithoutCancel(ctx))
+		switch {
+		case err == nil:
+			h.Sequence, toB = max(last.Sequence, newest.Sequence)+1, !newestInB
+		case isDamage(err):
+			h.Sequence = last.Sequence + 1
+		default:
+			return err
+		}
 	}
 	h.LockGeneration, h.Self, h.Kind, h.Modified = gen, o.ref, o.kind, o.v.clk.Wall()
 	if h.Created.IsZero() || h.Sequence == 1 {

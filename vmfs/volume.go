@@ -173,13 +173,20 @@ func (v *Volume) change(ctx context.Context, p unit.Place, edit func(img []byte)
 // changeFrom is change, beginning with an image that was read or written before.
 func (v *Volume) changeFrom(ctx context.Context, p unit.Place, img []byte, edit func(img []byte) ([]byte, error)) ([]byte, error) {
 	var err error
-	for err == nil {
+	for freed := false; err == nil; {
 		body, eerr := edit(img)
 		if eerr != nil || body == nil {
 			return img, eerr
 		}
 		var r unit.Result
 		r, err = p.Swap(context.WithoutCancel(ctx), v.dev, img, body, v.nonce)
+		if errors.Is(err, block.ErrBusy) && !freed && v.session != nil {
+			freed = true
+			if err = v.breakSilent(ctx); err == nil {
+				img, _, err = p.Read(ctx, v.dev)
+			}
+			continue
+		}
 		img = r.Image
 		if err == nil {
 			return img, nil

@@ -25,17 +25,25 @@ type Result struct {
 	Doubtful bool   // with ErrConflict: the change may have been in effect for a while
 }
 
+// readTries bounds how often Read reads a unit whose checksum is wrong: on a file in
+// the page cache a read can see half of a compare-and-write.
+const readTries = 4
+
 // Read reads the unit at p and checks it.
 func (p Place) Read(ctx context.Context, dev block.Device) ([]byte, Head, error) {
 	img := block.AlignedBuffer(dev.Geometry().UnitBytes)
-	if err := dev.ReadAt(ctx, img, p.OffBytes); err != nil {
-		return nil, Head{}, fmt.Errorf("read %v at byte %d: %w", p.Kind, p.OffBytes, err)
+	var damage error
+	for range readTries {
+		if err := dev.ReadAt(ctx, img, p.OffBytes); err != nil {
+			return nil, Head{}, fmt.Errorf("read %v at byte %d: %w", p.Kind, p.OffBytes, err)
+		}
+		h, err := p.Open(img)
+		if err == nil {
+			return img, h, nil
+		}
+		damage = err
 	}
-	h, err := p.Open(img)
-	if err != nil {
-		return nil, Head{}, err
-	}
-	return img, h, nil
+	return nil, Head{}, damage
 }
 
 // maxResolve bounds the attempts to learn the outcome of one ambiguous command.

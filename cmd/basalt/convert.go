@@ -6,10 +6,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
-	"log/slog"
+	"math/rand/v2"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"strings"
 
@@ -45,6 +45,9 @@ mark; name the format when the image comes from a stranger.`,
 			if err != nil {
 				return err
 			}
+			if args[0] == "-" {
+				return usagef("an image cannot be read from the standard input; name a file")
+			}
 			if err := checkFormat(format, "auto"); err != nil {
 				return err
 			}
@@ -65,18 +68,32 @@ func (a *app) importImage(ctx context.Context, file, format string, addr datasto
 		return err
 	}
 	return a.withMount(ctx, addr.LUN, func(ds *datastore.Datastore) error {
-		if err := ds.CreateDisk(ctx, addr.Path, size); err != nil {
-			return err
-		}
-		err := serveFor(ctx, ds, a, addr.Path, false, func(uri string) error {
-			// The disk is new: what is not written reads as zeros.
-			return a.qemuImg(ctx, "convert", "-n", "--target-is-zero", "-f", img.Format, "-O", "raw", fileArg(file), uri)
-		})
-		if err != nil {
-			err = errors.Join(err, ds.RemoveDisk(context.WithoutCancel(ctx), addr.Path))
-		}
-		return err
+		return a.importInto(ctx, ds, addr, img, file, size)
 	})
+}
+
+// importInto fills a disk of another name and renames it when it is whole, so that
+// nobody takes a half one for the image.
+func (a *app) importInto(ctx context.Context, ds *datastore.Datastore, addr datastore.Address, img image, file string, size int64) error {
+	if _, err := ds.Volume().Lookup(ctx, addr.Path); !errors.Is(err, vmfs.ErrNotFound) {
+		return errors.Join(err, fmt.Errorf("%s: %w", addr.Path, vmfs.ErrExists))
+	}
+	dir, name := path.Split("/" + strings.Trim(addr.Path, "/"))
+	partial := fmt.Sprintf("%s.%s.import-%08x", dir, shorten(name), rand.Uint32())
+	if err := ds.CreateDisk(ctx, partial, size); err != nil {
+		return err
+	}
+	err := a.serveFor(ctx, ds, partial, false, func(uri string) error {
+		// The disk is new: what is not written reads as zeros.
+		return a.qemuImg(ctx, "convert", "-n", "--target-is-zero", "-f", img.Format, "-O", "raw", fileArg(file), uri)
+	})
+	if err == nil {
+		err = ds.Rename(ctx, partial, addr.Path)
+	}
+	if err != nil {
+		err = errors.Join(err, ds.RemoveDisk(context.WithoutCancel(ctx), partial))
+	}
+	return err
 }
 
 // image is what qemu-img tells of an image file.
@@ -119,36 +136,39 @@ func inspectImage(ctx context.Context, file, format string) (image, error) {
 func (a *app) diskExport() *cobra.Command {
 	var format string
 	c := &cobra.Command{
-		Use: "export LUN:/path[@SNAPSHOT] FILE --format raw|qcow2", Short: "Copy a disk or snapshot to an image file", Args: args(2, 2),
+		Use: "export LUN:/path[@SNAPSHOT] FILE", Short: "Copy a disk or snapshot to an image file", Args: args(2, 2),
 		Long: `Copy a disk or snapshot to an image file, through qemu-img. Holes stay holes.
-A disk that is in use is exported from a snapshot.`,
+A disk that is in use is exported from a snapshot. The file appears when it is
+whole; its format follows its name unless --format says otherwise.`,
 		RunE: func(c *cobra.Command, args []string) error {
 			addr, err := objectAddress(args[0])
 			if err != nil {
 				return err
 			}
+			if args[1] == "-" {
+				return usagef("an image cannot be written to the standard output; name a file")
+			}
+			if format == "" {
+				format = "raw"
+				if strings.HasSuffix(args[1], ".qcow2") {
+					format = "qcow2"
+				}
+			}
 			if err := checkFormat(format); err != nil {
 				return err
 			}
-			if err := a.mayOverwrite(args[1]); err != nil {
-				return err
-			}
-			return a.exportImage(c.Context(), addr, args[1], format)
+			return a.writeFile(c.Context(), args[1], func(partial string) error {
+				return a.exportImage(c.Context(), addr, partial, format)
+			})
 		},
 	}
-	c.Flags().StringVar(&format, "format", "raw", "raw or qcow2")
+	c.Flags().StringVar(&format, "format", "", "raw or qcow2 (default: by the file's name, else raw)")
 	return a.yesFlag(c)
 }
 
 func (a *app) exportImage(ctx context.Context, addr datastore.Address, file, format string) error {
 	convert := func(uri string) error {
-		err := a.qemuImg(ctx, "convert", "-f", "raw", "-O", format, uri, fileArg(file))
-		if err != nil {
-			if rerr := os.Remove(file); !errors.Is(rerr, fs.ErrNotExist) {
-				err = errors.Join(err, rerr)
-			}
-		}
-		return err
+		return a.qemuImg(ctx, "convert", "-f", "raw", "-O", format, uri, fileArg(file))
 	}
 	r, err := store.AskHolder(ctx, addr.LUN, a.host(), a.clk, store.Request{Verb: store.VerbExport, Path: addr.Path, Name: addr.Snapshot})
 	switch {
@@ -162,19 +182,18 @@ func (a *app) exportImage(ctx context.Context, addr datastore.Address, file, for
 		name += "@" + addr.Snapshot
 	}
 	return a.withMount(ctx, addr.LUN, func(ds *datastore.Datastore) error {
-		return serveFor(ctx, ds, a, name, true, convert)
+		return a.serveFor(ctx, ds, name, true, convert)
 	})
 }
 
 // serveFor serves one disk or snapshot on a private socket while f runs.
-func serveFor(ctx context.Context, ds *datastore.Datastore, a *app, name string, readOnly bool, f func(uri string) error) error {
+func (a *app) serveFor(ctx context.Context, ds *datastore.Datastore, name string, readOnly bool, f func(uri string) error) error {
 	dir, err := os.MkdirTemp("", "basalt-")
 	if err != nil {
 		return err
 	}
 	defer os.RemoveAll(dir)
-	log := slog.New(slog.NewTextHandler(a.err, &slog.HandlerOptions{Level: slog.LevelWarn}))
-	return store.ServeFor(ctx, ds, a.clk, log, filepath.Join(dir, "nbd.sock"), name, readOnly, f)
+	return store.ServeFor(ctx, ds, a.clk, a.log, filepath.Join(dir, "nbd.sock"), name, readOnly, f)
 }
 
 // fileArg keeps qemu-img from reading a file's name as an option or a protocol.

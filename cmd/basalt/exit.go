@@ -57,10 +57,10 @@ func exitCode(err error) int {
 		errs []error
 	}{
 		{exitDamaged, []error{errDamaged, vmfs.ErrTruncated, vmfs.ErrLyingDevice}},
-		{exitUsage, []error{vmfs.ErrName, datastore.ErrAddress, store.ErrAddress, thinprov.ErrName}},
+		{exitUsage, []error{vmfs.ErrName, datastore.ErrAddress, store.ErrAddress, store.ErrListen, thinprov.ErrName}},
 		{exitHeld, []error{vmfs.ErrHeld, lease.ErrAlive, lease.ErrUnfenced, lease.ErrNameInUse, lease.ErrNotShared, lease.ErrNoSlot, lease.ErrLost, datastore.ErrDiskOpen, block.ErrBusy}},
 		{exitNoSpace, []error{vmfs.ErrNoSpace, thinprov.ErrNoSpace, block.ErrNoSpace, vmfs.ErrNoObjects, vmfs.ErrFolderFull}},
-		{exitNotFound, []error{vmfs.ErrNotFound, datastore.ErrNoSnap, thinprov.ErrNotFound, vmfs.ErrNotVolume, fs.ErrNotExist}},
+		{exitNotFound, []error{vmfs.ErrNotFound, datastore.ErrNoSnapshot, thinprov.ErrNotFound, vmfs.ErrNotVolume, fs.ErrNotExist}},
 	} {
 		for _, e := range c.errs {
 			if errors.Is(err, e) {

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"sort"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -134,12 +135,41 @@ func (a *app) fsStat() *cobra.Command {
 }
 
 func (a *app) fsMkdir() *cobra.Command {
-	return &cobra.Command{
+	var parents bool
+	c := &cobra.Command{
 		Use: "mkdir LUN:/path", Short: "Make a folder", Args: args(1, 1),
 		RunE: a.onObject(func(ctx context.Context, addr datastore.Address) error {
-			return a.withMount(ctx, addr.LUN, func(ds *datastore.Datastore) error { return ds.Volume().Mkdir(ctx, addr.Path) })
+			return a.withMount(ctx, addr.LUN, func(ds *datastore.Datastore) error {
+				if parents {
+					return mkdirAll(ctx, ds, addr.Path)
+				}
+				return ds.Volume().Mkdir(ctx, addr.Path)
+			})
 		}),
 	}
+	c.Flags().BoolVarP(&parents, "parents", "p", false, "make the folders above it too; no error if it exists")
+	return c
+}
+
+func mkdirAll(ctx context.Context, ds *datastore.Datastore, path string) error {
+	names, err := vmfs.SplitPath(path)
+	if err != nil {
+		return err
+	}
+	for i := range names {
+		dir := "/" + strings.Join(names[:i+1], "/")
+		err := ds.Volume().Mkdir(ctx, dir)
+		if errors.Is(err, vmfs.ErrExists) {
+			info, lerr := ds.Volume().Lookup(ctx, dir)
+			if err = lerr; err == nil && info.Kind != vmfs.KindFolder {
+				err = fmt.Errorf("%s: %w", dir, vmfs.ErrNotFolder)
+			}
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (a *app) fsRm() *cobra.Command {
@@ -147,14 +177,14 @@ func (a *app) fsRm() *cobra.Command {
 	c := &cobra.Command{
 		Use: "rm LUN:/path...", Short: "Remove files, disks and folders", Args: args(1, -1),
 		RunE: func(c *cobra.Command, args []string) error {
-			for _, arg := range args {
-				addr, err := plainAddress(arg)
-				if err != nil {
-					return err
-				}
-				if err := a.confirm("remove %s", addr); err != nil {
-					return err
-				}
+			addrs, err := a.existing(c.Context(), args)
+			if err != nil {
+				return err
+			}
+			if err := a.confirm("remove %s", strings.Join(args, ", ")); err != nil {
+				return err
+			}
+			for _, addr := range addrs {
 				if err := a.withMount(c.Context(), addr.LUN, func(ds *datastore.Datastore) error {
 					return remove(c.Context(), ds, addr.Path, recursive)
 				}); err != nil {
@@ -166,6 +196,26 @@ func (a *app) fsRm() *cobra.Command {
 	}
 	c.Flags().BoolVarP(&recursive, "recursive", "r", false, "remove a folder with all that is in it")
 	return a.yesFlag(c)
+}
+
+// existing parses addresses and makes sure that all of them name something, before
+// anything is done to the first.
+func (a *app) existing(ctx context.Context, args []string) ([]datastore.Address, error) {
+	var addrs []datastore.Address
+	for _, arg := range args {
+		addr, err := plainAddress(arg)
+		if err != nil {
+			return nil, err
+		}
+		if err := a.withView(ctx, addr.LUN, func(ds *datastore.Datastore) error {
+			_, err := ds.Volume().Lookup(ctx, addr.Path)
+			return err
+		}); err != nil {
+			return nil, err
+		}
+		addrs = append(addrs, addr)
+	}
+	return addrs, nil
 }
 
 // remove removes an object; with recursive, the content of a folder first.
@@ -211,7 +261,7 @@ func (a *app) fsMv() *cobra.Command {
 				return usagef("%s and %s are different LUNs; mv stays within one", from.LUN, to.LUN)
 			}
 			return a.withMount(c.Context(), from.LUN, func(ds *datastore.Datastore) error {
-				return ds.Volume().Rename(c.Context(), from.Path, to.Path)
+				return ds.Rename(c.Context(), from.Path, to.Path)
 			})
 		},
 	}
@@ -303,36 +353,21 @@ func (a *app) fsGet() *cobra.Command {
 }
 
 func (a *app) get(ctx context.Context, addr datastore.Address, file string) error {
-	var w io.Writer = a.out
 	p := a.progress("get", 0)
 	defer p.end()
-	copyOut := func() error {
+	copyTo := func(w io.Writer) error {
 		return a.withMount(ctx, addr.LUN, func(ds *datastore.Datastore) error {
 			return ds.Volume().Get(ctx, addr.Path, w, p.at)
 		})
 	}
 	if file == "-" {
-		return copyOut()
+		return copyTo(a.out)
 	}
-	if err := a.mayOverwrite(file); err != nil {
-		return err
-	}
-	f, err := os.Create(file)
-	if err != nil {
-		return err
-	}
-	w = f
-	err = errors.Join(copyOut(), f.Close())
-	if err != nil {
-		err = errors.Join(err, os.Remove(file))
-	}
-	return err
-}
-
-// mayOverwrite asks before a local file is replaced.
-func (a *app) mayOverwrite(file string) error {
-	if _, err := os.Stat(file); err == nil {
-		return a.confirm("overwrite %s", file)
-	}
-	return nil
+	return a.writeFile(ctx, file, func(partial string) error {
+		f, err := os.OpenFile(partial, os.O_WRONLY, 0)
+		if err != nil {
+			return err
+		}
+		return errors.Join(copyTo(f), f.Close())
+	})
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"basalt/block"
 	"basalt/block/filedev"
 	"basalt/datastore"
 	"basalt/lease"
@@ -107,6 +108,9 @@ func (a *app) format(ctx context.Context, lun string, dev *filedev.Device, exist
 			return err
 		}
 	}
+	if err := a.keepOut(ctx, lun, dev); err != nil {
+		return err
+	}
 	rand.Read(opts.Volume[:]) // never fails (crypto/rand since Go 1.24)
 	p := a.progress("writing the volume's structures", 0)
 	opts.Progress = func(done, _ int64) { p.at(done) }
@@ -115,6 +119,22 @@ func (a *app) format(ctx context.Context, lun string, dev *filedev.Device, exist
 	}
 	p.end()
 	fmt.Fprintf(a.out, "volume %x on %s\n", opts.Volume, lun)
+	return nil
+}
+
+// keepOut makes sure that nobody mounts what is on the LUN, or makes another volume
+// there, until dev is closed: it takes the guard of every slot. Where there are no
+// guards it can only look once more.
+func (a *app) keepOut(ctx context.Context, lun string, dev *filedev.Device) error {
+	for slot := range vmfs.Slots {
+		err := dev.Guard(ctx, slot, 0)
+		if errors.Is(err, block.ErrNotSupported) {
+			return refuseMounted(ctx, lun, dev)
+		}
+		if err != nil {
+			return fmt.Errorf("%s is in use by another process of this machine: %w", lun, err)
+		}
+	}
 	return nil
 }
 
@@ -132,7 +152,7 @@ func refuseMounted(ctx context.Context, lun string, dev *filedev.Device) error {
 		}
 		if !gone {
 			return &vmfs.HeldError{Path: "the volume on " + lun, HostName: r.HostName, Slot: s.Slot, Generation: r.Generation,
-				Cause: errors.New("unmount it there first; if that host is dead, confirm it: basalt fs confirm-down " + lun + " " + r.HostName)}
+				Cause: errors.New("stop its server first; if that host is dead, confirm it: basalt fs confirm-down " + lun + " " + r.HostName)}
 		}
 	}
 	return nil
@@ -202,9 +222,10 @@ func (a *app) fsDF() *cobra.Command {
 				return a.emit(v)
 			}
 			w := tabwriter.NewWriter(a.out, 0, 0, 2, ' ', tabwriter.AlignRight)
-			fmt.Fprintln(w, "SIZE\tSYSTEM\tUSED\tFREE\tUSE%\t")
-			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d%%\t\n", bytesText(v.SizeBytes), bytesText(v.SystemBytes), bytesText(v.UsedBytes), bytesText(v.FreeBytes),
-				(v.UsedBytes*100+v.UsedBytes+v.FreeBytes-1)/max(1, v.UsedBytes+v.FreeBytes))
+			fmt.Fprintln(w, "SIZE\tSYSTEM\tUSED\tRESERVE\tFREE\tUSE%\t")
+			free := v.FreeBytes - v.ReserveBytes // the reserve is for metadata alone
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%d%%\t\n", bytesText(v.SizeBytes), bytesText(v.SystemBytes), bytesText(v.UsedBytes),
+				bytesText(v.ReserveBytes), bytesText(free), (v.UsedBytes*100+v.UsedBytes+free-1)/max(1, v.UsedBytes+free))
 			return w.Flush()
 		}),
 	})

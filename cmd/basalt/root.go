@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"strings"
 	"syscall"
 
@@ -15,6 +16,7 @@ import (
 
 	"basalt/datastore"
 	"basalt/internal/clock"
+	"basalt/lease"
 	"basalt/store"
 )
 
@@ -32,8 +34,9 @@ type app struct {
 
 // run parses and carries out one command line and returns its exit code.
 func run(ctx context.Context, args []string, in io.Reader, out, errs io.Writer) int {
-	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
+	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
+	context.AfterFunc(ctx, stop) // a second signal ends the program at once
 	a := &app{in: in, out: out, err: errs, clk: clock.System{}}
 	a.log = slog.New(slog.NewTextHandler(errs, &slog.HandlerOptions{Level: slog.LevelWarn}))
 	root := a.root()
@@ -59,6 +62,7 @@ volume, LUN:/path@snapshot a snapshot of a disk. Sizes: 512, 64K, 10G, 1T.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not found, 4 held by another
 host, 5 no space, 6 damaged.`,
+		Version:       version(),
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		CompletionOptions: cobra.CompletionOptions{
@@ -123,7 +127,26 @@ func (a *app) yesFlag(c *cobra.Command) *cobra.Command {
 	return c
 }
 
-func (a *app) host() store.Host { return store.Host{Name: a.hostName, RunDir: a.runDir} }
+// host is who this run is on a volume. It tells when it has had to cut another host
+// off.
+func (a *app) host() store.Host {
+	return store.Host{Name: a.hostName, RunDir: a.runDir, OnBreak: func(r lease.BreakReport) { a.reportBreak(a.err, r) }}
+}
+
+// version names the commit that the program was built from.
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	v := info.Main.Version
+	for _, s := range info.Settings {
+		if s.Key == "vcs.revision" {
+			v = s.Value
+		}
+	}
+	return v
+}
 
 // emit writes v as JSON.
 func (a *app) emit(v any) error {

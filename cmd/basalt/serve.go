@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"io"
 	"log/slog"
 	"strconv"
 	"strings"
@@ -20,7 +21,7 @@ func (a *app) diskServe() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "serve LUN --nbd unix:PATH|tcp:HOST:PORT [PATH...]",
 		Short: "Serve disks by NBD as a host of the volume, until told to stop",
-		Long: `Serve disks by NBD as a host of the volume, until SIGINT or SIGTERM.
+		Long: `Serve disks by NBD as a host of the volume, until SIGINT, SIGTERM or SIGHUP.
 
 Disks are exported by path (vm1/d0), snapshots as vm1/d0@NAME, read-only. With no
 PATH all disks are served, later ones too. A disk's lock is taken at its first
@@ -41,7 +42,7 @@ NBD over TCP is neither encrypted nor authenticated: use it on trusted networks.
 			}
 			log := slog.New(slog.NewTextHandler(a.err, nil))
 			h := a.host()
-			h.OnBreak = a.reportBreak
+			h.OnBreak = func(r lease.BreakReport) { a.reportBreak(a.out, r) }
 			return store.Serve(c.Context(), lun, a.clk, log, store.ServeOptions{
 				Host: h, Listen: listen, Only: args[1:], ReadOnly: readOnly, SocketUID: uid, SocketGID: gid, Ready: a.reportReady, Code: exitCode,
 			})
@@ -76,13 +77,14 @@ func (a *app) reportReady(s store.Started) {
 }
 
 // reportBreak tells of a dead host in one plain line.
-func (a *app) reportBreak(r lease.BreakReport) {
+func (a *app) reportBreak(w io.Writer, r lease.BreakReport) {
+	who := fmt.Sprintf("host %s (slot %d, generation %d)", r.HostName, r.Slot, r.Generation)
 	switch {
 	case r.Err != nil:
-		fmt.Fprintf(a.out, "host %s (slot %d, generation %d) was not fenced: %v\n", r.HostName, r.Slot, r.Generation, r.Err)
+		fmt.Fprintf(w, "%s was not fenced: %v\n", who, r.Err)
 	case r.Proven:
-		fmt.Fprintf(a.out, "host %s (slot %d, generation %d) is gone, its lock on the LUN is free: fenced in %v\n", r.HostName, r.Slot, r.Generation, r.KillToDone.Round(time.Microsecond))
+		fmt.Fprintf(w, "%s is gone, its lock on the LUN is free: fenced in %v\n", who, r.KillToDone.Round(time.Microsecond))
 	default:
-		fmt.Fprintf(a.out, "host %s (slot %d, generation %d) was silent for %v: fenced in %v\n", r.HostName, r.Slot, r.Generation, r.Silence.Round(time.Millisecond), r.KillToDone.Round(time.Microsecond))
+		fmt.Fprintf(w, "%s was silent for %v: fenced in %v\n", who, r.Silence.Round(time.Millisecond), r.KillToDone.Round(time.Microsecond))
 	}
 }
