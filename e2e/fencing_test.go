@@ -336,7 +336,11 @@ func TestChildOfAKilledHostDoesNotBlockTheTakeover(t *testing.T) {
 	imp.signal(syscall.SIGKILL)
 	imp.awaitZombie()
 	b := s.apart("b")
-	d := took(func() { b.ok("disk", "rm", s.at("/d"), "--yes") })
+	left := decode[items[disk]](b, "disk", "ls", s.lun).Items
+	if len(left) != 1 || !strings.HasPrefix(left[0].Path, "/.d.import-") {
+		t.Fatalf("a killed import left %+v, want a disk that says what it is", left)
+	}
+	d := took(func() { b.ok("disk", "rm", s.at(left[0].Path), "--yes") })
 	if d > 20*time.Second {
 		t.Errorf("the takeover took %v", d)
 	}
