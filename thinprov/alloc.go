@@ -203,17 +203,14 @@ func (a *allocator) reserve(r run) {
 	a.change(s, func() { s.reserved.set(from, to) })
 }
 
-// unreserve gives back what reserve took. In doubt, a failed write to it may still
-// land.
-func (a *allocator) unreserve(r run, inDoubt bool) {
+// unreserve gives back what reserve took. Blocks in doubt are held.
+func (a *allocator) unreserve(r run) {
 	s := a.owner(r)
 	from, to := bounds(r)
 	a.change(s, func() {
 		s.reserved.clear(from, to)
-		if inDoubt {
-			a.doubts++
-			s.held.set(from, to)
-			s.doubt.set(from, to)
+		for w := range s.held {
+			s.held[w] |= span(w, from, to) & s.doubt[w]
 		}
 	})
 }
@@ -262,13 +259,12 @@ func (a *allocator) letGo(r run) {
 	})
 }
 
-// suspect notes that a write to used blocks failed and may still land.
+// suspect notes that a write to used or reserved blocks failed and may still land.
 func (a *allocator) suspect(r run) {
-	if s := a.owner(r); s != nil {
-		a.doubts++
-		from, to := bounds(r)
-		s.doubt.set(from, to)
-	}
+	a.doubts++
+	s := a.owner(r)
+	from, to := bounds(r)
+	s.doubt.set(from, to)
 }
 
 // suspects reports whether a failed write to one of the blocks may still land.

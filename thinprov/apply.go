@@ -225,8 +225,9 @@ func logCorrupt(format string, args ...any) error {
 	return &block.CorruptError{Object: "log", Reason: fmt.Sprintf(format, args...)}
 }
 
-// need is the hole that must be filled before apply(e), if any.
-func (d *Disk) need(e layout.Entry) *mapHole {
+// need is the hole that must be filled before apply(e), if any. *at is where it goes
+// on looking; 0 at first.
+func (d *Disk) need(e layout.Entry, at *uint64) *mapHole {
 	switch e.Kind {
 	case layout.EntryMap, layout.EntryUnmap:
 		return d.head.Need(e.Logical, e.Logical+e.Length)
@@ -237,8 +238,7 @@ func (d *Disk) need(e layout.Entry) *mapHole {
 		}
 	case layout.EntryDeleteEnd:
 		if s := d.snapByEpoch(e.Epoch); s != nil {
-			_, h := d.nodesOf(s)
-			return h
+			return d.unloadedOf(s, at)
 		}
 	}
 	return nil

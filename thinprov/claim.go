@@ -156,12 +156,14 @@ func (d *Disk) releaseEmpty(ctx context.Context) error {
 			return nil // an open release ends when the disk is opened anew
 		}
 		spare := d.emptySlabsLocked() - d.spareLocked()
-		for s := d.alloc.lists[classEmpty].tail; s != nil && spare > 0 && len(e.Slabs) < MaxRelease; s = s.prev {
+		touched := d.newTally()
+		for s := d.alloc.lists[classEmpty].tail; s != nil && spare > 0 && len(e.Slabs) < MaxRelease && !touched.full(); s = s.prev {
 			e.Slabs = append(e.Slabs, s.num)
+			touched.add(s.num*layout.BlocksPerSlab, 1)
 			spare--
 		}
 		n := recordBytes(maxEntryBytes + openEntryBytes)
-		if len(e.Slabs) == 0 || !d.ring.fits(n) {
+		if len(e.Slabs) == 0 || d.missingLocked(n, rankFree) != lackNothing {
 			d.mu.Unlock()
 			return nil
 		}
@@ -183,8 +185,11 @@ func (d *Disk) releaseEmpty(ctx context.Context) error {
 	}
 }
 
-// giveBack ends a logged release of slabs that are known to be the disk's.
+// giveBack ends a logged release of slabs that are known to be the disk's. Once
+// begun it is not cancelled: an UNMAP that is left behind may land when the slab is
+// another's.
 func (d *Disk) giveBack(ctx context.Context, nums []uint64) error {
+	ctx = context.WithoutCancel(ctx)
 	slabs := make([]int64, len(nums))
 	for i, num := range nums {
 		slabs[i] = int64(num) * SlabBytes

@@ -243,7 +243,8 @@ func (d *Disk) drainLocked() {
 	}
 }
 
-// flushDevice makes all data durable that was written before the call. A flush that
+// flushDevice makes all data durable that was written, or could be read, before the
+// call. A flush that
 // another caller began later than that write serves as well.
 func (d *Disk) flushDevice(ctx context.Context) error {
 	select {
@@ -255,7 +256,9 @@ func (d *Disk) flushDevice(ctx context.Context) error {
 	if err := d.failure(); err != nil {
 		return err
 	}
-	if !d.unflushed.Swap(false) {
+	// A write in progress may have been read already, and is noted only when it ends.
+	busy := d.caching.Load() > 0
+	if !d.unflushed.Swap(false) && !busy {
 		return nil
 	}
 	if err := d.store.Flush(d.background); err != nil {

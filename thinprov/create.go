@@ -78,11 +78,16 @@ func CreateClone(ctx context.Context, store Store, clk clock.Clock, published []
 }
 
 // create claims the first slabs, with the intent in the header, zeroes the log, and
-// writes the first checkpoint.
+// writes the first checkpoint. Once begun it is not cancelled: a write that is left
+// behind may land when the slab is another's.
 func (d *Disk) create(ctx context.Context, opts CreateOptions) error {
 	if d.readOnly {
 		return ErrReadOnly
 	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	ctx = context.WithoutCancel(ctx)
 	d.uuid, d.size, d.created = opts.UUID, opts.SizeBytes, d.clk.Wall().UnixNano()
 	logSlabs := int(opts.LogBytes / SlabBytes)
 	for len(d.ring.slabs) < logSlabs {

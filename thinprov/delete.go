@@ -15,8 +15,13 @@ import (
 // the same trees. Below the cursor the child's parent is p already: what the head
 // drops there is freed by the head. The nodes of s go at the end, in one go.
 
-// stepLeaves is about how many leaves of the snapshot one step looks at.
-const stepLeaves = 64
+// One step looks at about so many nodes of the snapshot, and extents of its child,
+// so that what it does under Disk.mu is bounded, and does not grow with the square of
+// the map when that has to be loaded.
+const (
+	stepNodes   = 128
+	stepExtents = 64 * layout.NodeRoom / layout.ExtentBytes
+)
 
 // DeleteSnapshot deletes a snapshot and frees what only it holds. I/O goes on
 // meanwhile. If it is interrupted, by ctx or a crash, the snapshot is gone all the
@@ -37,7 +42,7 @@ func (d *Disk) DeleteSnapshot(ctx context.Context, uuid [16]byte) error {
 	if err := d.finishDeletion(ctx); err != nil {
 		return fmt.Errorf("thinprov: finish the deletion before: %w", err)
 	}
-	err := d.logAndWait(ctx, func() (layout.Entry, bool, error) {
+	err := d.logAndWait(ctx, rankFree, func() (layout.Entry, bool, error) {
 		s, err := d.visibleLocked(uuid)
 		switch {
 		case err != nil:
@@ -76,6 +81,9 @@ func (d *Disk) ResumeDeletion(ctx context.Context) error {
 
 // finishDeletion takes the deletion in progress to its end. Needs deletion.
 func (d *Disk) finishDeletion(ctx context.Context) error {
+	if err := d.begun(ctx); err != nil {
+		return err
+	}
 	var last *batch
 	for {
 		d.mu.Lock()
@@ -84,7 +92,8 @@ func (d *Disk) finishDeletion(ctx context.Context) error {
 		if s == nil {
 			break
 		}
-		b, err := d.change(ctx, PurposeMetadata, func() (layout.Entry, bool, error) {
+		at := uint64(0)
+		b, err := d.change(ctx, rankFree, func() (layout.Entry, bool, error) {
 			if s.Cursor < layout.MaxKeys {
 				st, _ := d.stepOf(s, s.Cursor, 0)
 				return layout.Entry{Kind: layout.EntryDeleteStep, Epoch: s.Epoch, From: s.Cursor, To: st.to}, true, nil
@@ -95,8 +104,7 @@ func (d *Disk) finishDeletion(ctx context.Context) error {
 				_, h := d.stepOf(s, s.Cursor, 0)
 				return h
 			}
-			_, h := d.nodesOf(s)
-			return h
+			return d.unloadedOf(s, &at)
 		})
 		if err != nil {
 			return err
@@ -110,6 +118,22 @@ func (d *Disk) finishDeletion(ctx context.Context) error {
 	return d.settled(ctx, last)
 }
 
+// begun waits until the beginning of the deletion in progress is durable. Before, no
+// step may be applied: the head writes in place below the cursor, and a crash would
+// bring the snapshot back with what was written there.
+func (d *Disk) begun(ctx context.Context) error {
+	d.mu.Lock()
+	var b *batch
+	if d.deleting != nil {
+		b = d.sealLocked()
+	}
+	d.mu.Unlock()
+	if b == nil {
+		return nil
+	}
+	return d.settled(ctx, b)
+}
+
 // childOf is the map of the next snapshot after s, or the head's.
 func (d *Disk) childOf(s *snapshot) mapTree {
 	if i := slices.Index(d.snaps, s); i+1 < len(d.snaps) {
@@ -120,23 +144,37 @@ func (d *Disk) childOf(s *snapshot) mapTree {
 
 // step is a part of a deletion.
 type step struct {
-	to    uint64 // keys below it are done
-	frees []run  // blocks that nothing refers to any more
+	to      uint64 // keys below it are done
+	frees   []run  // blocks that nothing refers to any more
+	bounded bool   // to follows from how much there is to do; else it is given
+	full    bool   // to was found
+	seen    int    // nodes of the snapshot
+	shown   int    // extents of its child
+	tables  tally
 }
 
-// stepOf computes the step from a key up to to, or if that is 0 to where about
-// stepLeaves have been looked at. It changes nothing.
+// stop ends a step that is full.
+func (st *step) stop(to uint64) {
+	if !st.full {
+		st.full, st.to = true, to
+	}
+}
+
+// stepOf computes the step from a key up to to, or if that is 0 to where enough has
+// been looked at. It changes nothing.
 func (d *Disk) stepOf(s *snapshot, from, to uint64) (step, *mapHole) {
 	child := d.childOf(s)
-	st := step{to: to}
-	end, leaves := to, 0
-	if to == 0 {
-		st.to, end = layout.MaxKeys, layout.MaxKeys
+	st := step{to: to, bounded: to == 0, tables: d.newTally()}
+	if st.bounded {
+		st.to = layout.MaxKeys
 	}
 	var hole *mapHole
-	full := false
 	h := s.root.Nodes(func(n *mapNode, lo, hi uint64) bool {
-		if hole != nil || full || hi <= from || lo >= end || n.Birth() <= s.Parent || n.Foreign() {
+		if hole != nil || hi <= from || lo >= st.to || n.Birth() <= s.Parent || n.Foreign() {
+			return false
+		}
+		if st.seen++; st.bounded && st.seen > stepNodes && lo > from {
+			st.stop(lo)
 			return false
 		}
 		shared, h := child.Holds(n, lo, hi)
@@ -146,11 +184,7 @@ func (d *Disk) stepOf(s *snapshot, from, to uint64) (step, *mapHole) {
 		if n.Level() > 0 {
 			return true
 		}
-		if leaves++; to == 0 && leaves > stepLeaves {
-			st.to, full = max(lo, from+1), true
-			return false
-		}
-		hole = st.leaf(n, child, s.Parent, max(lo, from), min(hi, end))
+		hole = st.leaf(n, child, s.Parent, max(lo, from), min(hi, st.to))
 		return false
 	})
 	if hole == nil {
@@ -163,38 +197,68 @@ func (d *Disk) stepOf(s *snapshot, from, to uint64) (step, *mapHole) {
 func (st *step) leaf(n *mapNode, child mapTree, parent, lo, hi uint64) *mapHole {
 	for _, e := range n.Entries() {
 		from, to := max(e.Logical, lo), min(e.End(), hi)
-		if from >= to || e.Foreign || e.Birth <= parent {
+		if st.full || from >= to || e.Foreign || e.Birth <= parent {
 			continue
 		}
 		at := from
-		drop := func(until uint64) {
-			if until > at {
-				eachSlab(run{e.Physical + (at - e.Logical), until - at}, func(r run) { st.frees = append(st.frees, r) })
-			}
-		}
 		h := child.Scan(from, to, func(c layout.Extent) bool {
+			if st.shown++; st.bounded && st.shown > stepExtents {
+				st.drop(e, at, max(c.Logical, from))
+				st.stop(max(c.Logical, from))
+				return false
+			}
 			if c.Foreign || c.Physical-c.Logical != e.Physical-e.Logical {
 				return true // other blocks: those of s are dropped
 			}
-			drop(max(c.Logical, from))
+			st.drop(e, at, max(c.Logical, from))
 			at = min(c.End(), to)
-			return true
+			return !st.full
 		})
 		if h != nil {
 			return h
 		}
-		drop(to)
+		st.drop(e, at, to)
 	}
 	return nil
 }
 
-// nodesOf lists the blocks of the nodes that only s has.
-func (d *Disk) nodesOf(s *snapshot) ([]uint64, *mapHole) {
+// drop frees the blocks of e for the keys [at,until), or fewer if the step is full.
+func (st *step) drop(e layout.Extent, at, until uint64) {
+	for at < until && !st.full {
+		r := run{first: e.Physical + (at - e.Logical)}
+		r.count = min(until-at, layout.BlocksPerSlab-r.first%layout.BlocksPerSlab)
+		st.frees = append(st.frees, r)
+		st.tables.add(r.first, r.count)
+		at += r.count
+		if st.bounded && st.tables.full() {
+			st.stop(at)
+		}
+	}
+}
+
+// unloadedOf is the next node, from the key *at on, that nodesOf lacks. It moves *at
+// on, so that loading all of them does not begin from the start with each.
+func (d *Disk) unloadedOf(s *snapshot, at *uint64) *mapHole {
+	for {
+		from := *at
+		if _, h := d.nodesOf(s, from); h != nil {
+			*at = h.Low()
+			return h
+		}
+		if *at = 0; from == 0 {
+			return nil
+		}
+	}
+}
+
+// nodesOf lists the blocks of the nodes that only s has, and whose range ends behind
+// the key.
+func (d *Disk) nodesOf(s *snapshot, from uint64) ([]uint64, *mapHole) {
 	child := d.childOf(s)
 	var blocks []uint64
 	var hole *mapHole
 	h := s.root.Nodes(func(n *mapNode, lo, hi uint64) bool {
-		if hole != nil || n.Birth() <= s.Parent || n.Foreign() {
+		if hole != nil || hi <= from || n.Birth() <= s.Parent || n.Foreign() {
 			return false
 		}
 		shared, h := child.Holds(n, lo, hi)
@@ -264,7 +328,7 @@ func (d *Disk) applyStep(s *snapshot, e layout.Entry) ([]run, error) {
 
 // applyDeleteEnd takes s out of the line.
 func (d *Disk) applyDeleteEnd(s *snapshot) error {
-	blocks, h := d.nodesOf(s)
+	blocks, h := d.nodesOf(s, 0)
 	if h != nil || s.Cursor < layout.MaxKeys {
 		return logCorrupt("deletion of epoch %d ends early", s.Epoch)
 	}

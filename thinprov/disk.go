@@ -39,6 +39,7 @@ type Disk struct {
 	claiming   chan struct{} // full while slabs are claimed or released
 	deletion   chan struct{} // full while a snapshot is being deleted
 	unflushed  atomic.Bool   // data was written since the last flush began
+	caching    atomic.Int64  // writes into the device's cache that are in progress
 
 	mu     sync.Mutex // guards everything below
 	rd     reader
@@ -63,10 +64,12 @@ type Disk struct {
 	retiring                           []retired
 	ranges                             rangeLock
 	near                               []layout.Extent // scratch of planLocked
+	doubtful                           map[uint64]bool // parts of partBlocks in which a write in place failed; see moveDoubtful
 	slabTree                           cowtree.Tree[layout.Slab]
 	snapTree                           cowtree.Tree[snapEntry]
 	gen                                uint64 // of tree nodes made since the last freeze
 	made                               uint64 // how many there are, about
+	promisedNodes                      uint64 // how many the writes in progress may make
 	nodeFrees                          []run  // blocks of nodes replaced since the last freeze
 	nodeWaits                          []run  // those replaced by the newest checkpoint, reusable after the next
 	checkpoint                         uint64 // sequence of the newest
@@ -98,7 +101,7 @@ func newDisk(ctx context.Context, store Store, clk clock.Clock, logger *slog.Log
 		commitKick: make(chan struct{}, 1), keeperKick: make(chan struct{}, 1),
 		commitStop: make(chan struct{}), keeperStop: make(chan struct{}),
 		flushTurn: make(chan struct{}, 1), claiming: make(chan struct{}, 1), deletion: make(chan struct{}, 1),
-		staleSnaps: make(map[uint64]bool), alloc: newAllocator(), gen: 1,
+		staleSnaps: make(map[uint64]bool), doubtful: make(map[uint64]bool), alloc: newAllocator(), gen: 1,
 		header: make([]byte, layout.HeaderBytes), changed: make(chan struct{}),
 	}
 	d.rd = reader{store: store, seed: d.seed, mu: &d.mu, ended: d.drainLocked}
@@ -260,11 +263,18 @@ func (d *Disk) Map(ctx context.Context, offBytes, lenBytes int64, emit func(Run)
 	return d.rd.runs(ctx, d.headTree, offBytes, lenBytes, emit)
 }
 
-// Flush makes all writes that ended before the call durable.
+// Flush makes durable whatever reads showed before the call: all writes that ended,
+// and what has taken effect of others.
 func (d *Disk) Flush(ctx context.Context) error {
 	if err := d.begin(true); err != nil {
 		return err
 	}
 	defer d.end()
+	// A mapping is visible before its record is durable.
+	if b := d.lastBatch(); b != nil {
+		if err := d.settled(ctx, b); err != nil {
+			return err
+		}
+	}
 	return d.flushDevice(ctx)
 }

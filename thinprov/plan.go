@@ -20,6 +20,7 @@ type plan struct {
 	fresh             int    // how many of them are
 	firstOld, lastOld uint64 // where the first and last block lie now; 0 if nowhere
 	promised          uint64 // of the ring, for the fresh pieces
+	nodes             uint64 // tree blocks set aside for mapping them
 	phase             uint64 // of pins
 }
 
@@ -37,16 +38,6 @@ func (pl *plan) add(x piece) {
 		pl.fresh++
 	}
 }
-
-// lack is what a request is short of.
-type lack uint8
-
-const (
-	lackNothing lack = iota
-	lackBlocks       // a slab for data
-	lackNodes        // free blocks for tree nodes
-	lackLog          // room in the ring
-)
 
 // planWrite decides where the blocks [lo,hi) go, and reserves what must be
 // allocated. It waits, or claims slabs, for what is missing.
@@ -77,7 +68,7 @@ func (d *Disk) planWrite(ctx context.Context, lo, hi uint64) (plan, error) {
 				full, err = true, nil
 			}
 		default:
-			err = d.provide(ctx, missing, PurposeData)
+			err = d.provide(ctx, missing, rankWrite)
 		}
 		if err != nil {
 			return plan{}, fmt.Errorf("thinprov: write: %w", err)
@@ -140,7 +131,10 @@ func (d *Disk) planLocked(lo, hi uint64, full bool) (plan, lack, *mapHole) {
 func (d *Disk) admitLocked(pl plan) (plan, lack, *mapHole) {
 	if pl.fresh > 0 {
 		need := recordBytes(pl.fresh*mapEntryBytes + openEntryBytes)
-		if missing := d.missingLocked(need, PurposeData); missing != lackNothing {
+		pl.nodes = nodesPerPart + d.slabLeaves(pl.fresh)
+		d.promisedNodes += pl.nodes
+		if missing := d.missingLocked(need, rankWrite); missing != lackNothing {
+			d.promisedNodes -= pl.nodes
 			d.unplanLocked(&pl)
 			return plan{}, missing, nil
 		}
@@ -159,7 +153,7 @@ const (
 func (d *Disk) unplanLocked(pl *plan) {
 	for _, x := range pl.pieces {
 		if x.fresh {
-			eachSlab(run{x.physical, x.count}, func(r run) { d.alloc.unreserve(r, false) })
+			eachSlab(run{x.physical, x.count}, d.alloc.unreserve)
 		}
 	}
 }
@@ -200,55 +194,4 @@ func (d *Disk) wishLocked(pl *plan, at, count uint64, full bool) wish {
 		consider(pl.pieces[i].segment)
 	}
 	return w
-}
-
-// nodesForData are free blocks that a write must leave for tree nodes, so that
-// discards and deletes, which must leave nodesAlways, can still be done on a volume
-// without any space.
-const (
-	nodesForData = 160
-	nodesAlways  = 24
-)
-
-// missingLocked tells what a change of the trees that logs up to n bytes lacks.
-func (d *Disk) missingLocked(n uint64, purpose Purpose) lack {
-	leave := uint64(nodesAlways)
-	if purpose == PurposeData {
-		leave = nodesForData
-	}
-	// The next checkpoint writes the nodes made since the last, and those of the slab
-	// table that tell about the slabs changed.
-	const perLeaf = layout.NodeRoom / layout.SlabEntryBytes
-	tables := min(uint64(len(d.alloc.dirty)), uint64(len(d.alloc.slabs))/(perLeaf/2)+1) + 4
-	switch {
-	case !d.ring.fits(n):
-		return lackLog
-	case d.alloc.freeTree < d.made+tables+leave:
-		return lackNodes
-	}
-	return lackNothing
-}
-
-// provide makes room for what is missing.
-func (d *Disk) provide(ctx context.Context, missing lack, purpose Purpose) error {
-	if missing == lackLog {
-		return d.awaitCheckpoint(ctx)
-	}
-	err := d.growTree(ctx, 1, purpose)
-	if !errors.Is(err, ErrNoSpace) {
-		return err
-	}
-	// Two checkpoints set free whatever nodes have been replaced.
-	for range 2 {
-		if err := d.awaitCheckpoint(ctx); err != nil {
-			return err
-		}
-		d.mu.Lock()
-		missing := d.missingLocked(0, purpose)
-		d.mu.Unlock()
-		if missing == lackNothing {
-			return nil
-		}
-	}
-	return err
 }

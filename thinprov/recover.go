@@ -169,8 +169,9 @@ func (d *Disk) replayRecord(ctx context.Context, entries []byte) error {
 		}
 		entries = rest
 		var refused error
+		at := uint64(0)
 		err = d.rd.with(ctx, func() *mapHole {
-			if h := d.need(e); h != nil {
+			if h := d.need(e, &at); h != nil {
 				return h
 			}
 			var frees []run

@@ -65,7 +65,8 @@ func (d *Disk) visibleLocked(uuid [16]byte) (*snapshot, error) {
 
 // Snapshot keeps the disk's content as of now under a name and an id. It waits until
 // the writes in progress have ended, and holds later ones back meanwhile; its cost
-// does not depend on the disk's size.
+// does not depend on the disk's size. What a failed write may still change is copied
+// first; if that is not possible, there is no snapshot.
 func (d *Disk) Snapshot(ctx context.Context, name string, uuid [16]byte) (Snapshot, error) {
 	if !layout.CheckName(name) || uuid == ([16]byte{}) {
 		return Snapshot{}, fmt.Errorf("%w: %q", ErrName, name)
@@ -78,13 +79,17 @@ func (d *Disk) Snapshot(ctx context.Context, name string, uuid [16]byte) (Snapsh
 	if err != nil {
 		return Snapshot{}, err
 	}
-	// What the snapshot shows may not change any more, not even by a power failure.
-	if err := d.flushDevice(ctx); err != nil {
-		d.unlockRange(held)
-		return Snapshot{}, err
+	// What the snapshot shows may not change any more, not even by a power failure or
+	// by a failed write that lands late.
+	moved, err := d.moveDoubtful(ctx)
+	if err == nil {
+		err = d.flushDevice(ctx)
+	}
+	if err != nil {
+		return Snapshot{}, d.finish(ctx, held, moved, err)
 	}
 	var made Snapshot
-	b, err := d.change(ctx, PurposeMetadata, func() (layout.Entry, bool, error) {
+	b, err := d.change(ctx, rankChange, func() (layout.Entry, bool, error) {
 		for _, s := range d.snaps {
 			if s.UUID == uuid || s.Name == name && s.Flags&unseen == 0 {
 				return layout.Entry{}, false, fmt.Errorf("%w: %q", ErrExists, name)
@@ -103,6 +108,8 @@ func (d *Disk) Snapshot(ctx context.Context, name string, uuid [16]byte) (Snapsh
 		d.mu.Lock()
 		made = d.snaps[len(d.snaps)-1].describe()
 		d.mu.Unlock()
+	} else {
+		b = moved
 	}
 	return made, d.finish(ctx, held, b, err)
 }
@@ -147,7 +154,7 @@ func (d *Disk) Publish(ctx context.Context, uuid [16]byte, ref Ref) ([]byte, err
 		return nil, err
 	}
 	defer d.end()
-	err := d.logAndWait(ctx, func() (layout.Entry, bool, error) {
+	err := d.logAndWait(ctx, rankChange, func() (layout.Entry, bool, error) {
 		s, err := d.visibleLocked(uuid)
 		if err != nil {
 			return layout.Entry{}, false, err
@@ -183,7 +190,7 @@ func (d *Disk) Unpublish(ctx context.Context, uuid [16]byte) error {
 		return err
 	}
 	defer d.end()
-	return d.logAndWait(ctx, func() (layout.Entry, bool, error) {
+	return d.logAndWait(ctx, rankChange, func() (layout.Entry, bool, error) {
 		s, err := d.visibleLocked(uuid)
 		if err != nil {
 			return layout.Entry{}, false, err
@@ -193,8 +200,8 @@ func (d *Disk) Unpublish(ctx context.Context, uuid [16]byte) error {
 }
 
 // logAndWait logs what decide says, if anything, and waits until it is durable.
-func (d *Disk) logAndWait(ctx context.Context, decide func() (layout.Entry, bool, error)) error {
-	b, err := d.change(ctx, PurposeMetadata, decide, func() *mapHole { return nil })
+func (d *Disk) logAndWait(ctx context.Context, k rank, decide func() (layout.Entry, bool, error)) error {
+	b, err := d.change(ctx, k, decide, func() *mapHole { return nil })
 	if err != nil || b == nil {
 		return err
 	}
@@ -207,7 +214,7 @@ func (d *Disk) Resize(ctx context.Context, sizeBytes int64) error {
 		return err
 	}
 	defer d.end()
-	return d.logAndWait(ctx, func() (layout.Entry, bool, error) {
+	return d.logAndWait(ctx, rankChange, func() (layout.Entry, bool, error) {
 		if err := checkSize(sizeBytes); err != nil {
 			return layout.Entry{}, false, err
 		}

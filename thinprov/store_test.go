@@ -52,6 +52,7 @@ type volume struct {
 	failAt     int // this operation fails without effect, once; 0: never
 	loseHeader bool
 	onWrite    func(off int64, n int) // called without mu, before a data or log write
+	onWritten  func(off int64, n int) // called without mu, before the answer to one
 	onRead     func(off int64, n int)
 }
 
@@ -190,8 +191,11 @@ func (o *object) check(p int, off int64) {
 	}
 }
 
-func (o *object) ReadAt(_ context.Context, p []byte, off int64) error {
+func (o *object) ReadAt(ctx context.Context, p []byte, off int64) error {
 	o.check(len(p), off)
+	if err := ctx.Err(); err != nil {
+		return err
+	}
 	if o.v.onRead != nil {
 		o.v.onRead(off, len(p))
 	}
@@ -214,6 +218,9 @@ func (o *object) write(p []byte, off int64, durable bool, count *int) error {
 	o.check(len(p), off)
 	if o.v.onWrite != nil {
 		o.v.onWrite(off, len(p))
+	}
+	if o.v.onWritten != nil {
+		defer o.v.onWritten(off, len(p))
 	}
 	o.v.mu.Lock()
 	defer o.v.mu.Unlock()

@@ -13,7 +13,8 @@
 // returned nil makes all of them durable. A write that was in progress at a crash
 // reads afterwards as old or new, block by block. Reads take no lock on a range: a
 // read concurrent with a write may see it in part, and may see it shortly before it
-// is durable. After a failed flush, log write or checkpoint the disk refuses every
+// is durable; but what was read before a Flush is durable when that returns nil. What
+// a snapshot shows never changes. After a failed flush, log write or checkpoint the disk refuses every
 // change with ErrFailed until it is opened anew.
 //
 // Invariants:
@@ -28,10 +29,18 @@
 //     I/O begun before has ended (R15). The block of a tree node that checkpoint N
 //     replaced is reused only after checkpoint N+1 is durable (R14). A block to which
 //     a write failed is neither reused nor changed in place before the disk is opened
-//     anew, for that write may still land.
+//     anew, nor does a snapshot take it over, for that write may still land.
+//   - No step of a deletion is applied before its beginning is durable: below the
+//     cursor the head overwrites in place what was the snapshot's.
+//   - The next checkpoint always finds room for its nodes, or a change is refused
+//     beforehand; see rank.
 //   - used bitmaps are what the trees reach; reserved and held blocks exist only in
 //     memory.
 //   - A slab leaves the disk in the order of rule R2.
+//
+// Assumption: when a disk is opened for writing, no write of an earlier opener, failed
+// ones included, can take effect any more. The log goes on where it ended, and blocks
+// that only the earlier opener knew of are given out again. See Store.LockGeneration.
 //
 // Lock order: a range of rangeLock, then Disk.claiming (one claim or release at a
 // time), then Disk.mu; the turnstile of flushes stands alone. Disk.mu guards all
@@ -122,7 +131,10 @@ type Store interface {
 	Volume() [16]byte
 	Self() Ref
 	// LockGeneration was raised by the compare-and-write that opened the object for
-	// writing. It is 0 when the object is open for reading only.
+	// writing. It is 0 when the object is open for reading only. Whoever raises it has
+	// made sure that nothing which earlier holders wrote takes effect any more: by a
+	// fence, because the device answers a write only when it has ended, or by an
+	// abort of the writes without an answer (as the end of a session does).
 	LockGeneration() uint64
 	// Geometry is that of the volume's device.
 	Geometry() block.Geometry

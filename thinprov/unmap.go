@@ -68,14 +68,15 @@ func (d *Disk) unmapHeld(ctx context.Context, off, end, size int64) (*batch, err
 	if err := edge(int64(hi)*BlockBytes, end); err != nil {
 		return last, err
 	}
-	for at := lo; at < hi; at += unmapBlocks {
-		b, err := d.unmapStep(ctx, at, min(at+unmapBlocks, hi))
+	for at := lo; at < hi; {
+		b, to, err := d.unmapStep(ctx, at, min(at+unmapBlocks, hi))
 		if b != nil {
 			last = b
 		}
 		if err != nil {
 			return last, fmt.Errorf("thinprov: unmap: %w", err)
 		}
+		at = to
 	}
 	return last, nil
 }
@@ -93,20 +94,32 @@ func (d *Disk) zeroEdge(ctx context.Context, from, to int64) (*batch, error) {
 	return d.writePart(ctx, zeroBlock[:to-from], from, d.putCached)
 }
 
-// unmapStep unmaps whole blocks, if any of them is mapped.
-func (d *Disk) unmapStep(ctx context.Context, lo, hi uint64) (*batch, error) {
-	e := layout.Entry{Kind: layout.EntryUnmap, Logical: lo, Length: hi - lo}
-	return d.change(ctx, PurposeMetadata, func() (layout.Entry, bool, error) {
-		any := false
-		d.head.Scan(lo, hi, func(layout.Extent) bool { any = true; return false })
-		return e, any, nil
+// unmapStep unmaps whole blocks from lo on, up to hi or the result, if any of them is
+// mapped.
+func (d *Disk) unmapStep(ctx context.Context, lo, hi uint64) (*batch, uint64, error) {
+	to := hi
+	b, err := d.change(ctx, rankChange, func() (layout.Entry, bool, error) {
+		any, used := false, d.newTally()
+		to = hi
+		d.head.Scan(lo, hi, func(e layout.Extent) bool {
+			if used.full() {
+				to = e.Logical
+				return false
+			}
+			any = true
+			from := max(e.Logical, lo)
+			used.add(e.Physical+(from-e.Logical), min(e.End(), hi)-from)
+			return true
+		})
+		return layout.Entry{Kind: layout.EntryUnmap, Logical: lo, Length: to - lo}, any, nil
 	}, func() *mapHole { return d.head.Need(lo, hi) })
+	return b, to, err
 }
 
 // change logs one entry, as soon as there is room for it and for what it does to the
 // trees. decide runs under mu when need finds no hole; it may say that there is
 // nothing to do.
-func (d *Disk) change(ctx context.Context, purpose Purpose, decide func() (layout.Entry, bool, error), need func() *mapHole) (*batch, error) {
+func (d *Disk) change(ctx context.Context, k rank, decide func() (layout.Entry, bool, error), need func() *mapHole) (*batch, error) {
 	for {
 		var b *batch
 		missing := lackNothing
@@ -124,7 +137,7 @@ func (d *Disk) change(ctx context.Context, purpose Purpose, decide func() (layou
 				return nil
 			}
 			n := recordBytes(maxEntryBytes + openEntryBytes)
-			if missing = d.missingLocked(n, purpose); missing == lackNothing {
+			if missing = d.missingLocked(n, k); missing == lackNothing {
 				d.ring.promised += n
 				if b, refused = d.logLocked(e, n); b == nil {
 					d.ring.promised -= n
@@ -135,7 +148,7 @@ func (d *Disk) change(ctx context.Context, purpose Purpose, decide func() (layou
 		if err = firstOf(err, refused); err != nil || missing == lackNothing {
 			return b, err
 		}
-		if err := d.provide(ctx, missing, purpose); err != nil {
+		if err := d.provide(ctx, missing, k); err != nil {
 			return nil, err
 		}
 	}

@@ -2,6 +2,8 @@ package thinprov
 
 import (
 	"context"
+	"maps"
+	"slices"
 
 	"basalt/block"
 	"basalt/thinprov/layout"
@@ -14,7 +16,7 @@ const partBlocks = 256
 // WriteAt writes p at offBytes. What had to be allocated is durable when it returns
 // nil; the rest is in the device's cache. After an error, ctx's included, each block
 // of the range is old or new, and may still change from old to new until it is written
-// again. ctx does not end a write that the device has begun.
+// again or a snapshot is made. ctx does not end a write that the device has begun.
 func (d *Disk) WriteAt(ctx context.Context, p []byte, offBytes int64) error {
 	return d.write(ctx, p, offBytes, d.putCached)
 }
@@ -28,8 +30,10 @@ func (d *Disk) WriteFUA(ctx context.Context, p []byte, offBytes int64) error {
 type putFunc func(ctx context.Context, p []byte, offBytes int64) error
 
 func (d *Disk) putCached(ctx context.Context, p []byte, offBytes int64) error {
+	d.caching.Add(1)
 	err := d.store.WriteAt(ctx, p, offBytes)
-	d.unflushed.Store(true)
+	d.unflushed.Store(true) // before caching goes down; see flushDevice
+	d.caching.Add(-1)
 	return err
 }
 
@@ -45,10 +49,7 @@ func (d *Disk) write(ctx context.Context, p []byte, offBytes int64, put putFunc)
 	if err != nil {
 		return err
 	}
-	last, err := d.writeParts(ctx, p, offBytes, func(ctx context.Context, p []byte, offBytes int64) error {
-		// A write that is given up may land later, over what was written since.
-		return put(context.WithoutCancel(ctx), p, offBytes)
-	})
+	last, err := d.writeParts(ctx, p, offBytes, put)
 	return d.finish(ctx, held, last, err)
 }
 
@@ -104,22 +105,34 @@ func (d *Disk) writePart(ctx context.Context, p []byte, offBytes int64, put putF
 		return nil, err
 	}
 	for _, x := range pl.pieces {
+		begun := false
+		try := func(ctx context.Context, p []byte, offBytes int64) error {
+			begun = true
+			// A write that is given up may land later, over what was written since.
+			return put(context.WithoutCancel(ctx), p, offBytes)
+		}
 		if x.fresh {
-			err = d.writeFresh(ctx, pl, x.segment, p, offBytes, put)
+			err = d.writeFresh(ctx, pl, x.segment, p, offBytes, try)
 		} else {
-			err = d.overwrite(ctx, x.segment, p, offBytes, put)
+			err = d.overwrite(ctx, x.segment, p, offBytes, try)
 		}
 		if err != nil {
-			break
+			d.mu.Lock()
+			if begun {
+				d.doubtLocked(x)
+			}
+			d.abandonLocked(pl, 0)
+			d.mu.Unlock()
+			return nil, err
 		}
 	}
-	if err == nil && pl.fresh == 0 {
+	if pl.fresh == 0 {
 		d.mu.Lock()
 		d.rd.leave(pl.phase)
 		d.mu.Unlock()
 		return nil, nil
 	}
-	return d.mapPieces(ctx, pl, err)
+	return d.mapPieces(ctx, pl)
 }
 
 // overwrite writes the part of p, which begins at offBytes of the disk, that s
@@ -179,16 +192,10 @@ func (d *Disk) writeFresh(ctx context.Context, pl plan, s segment, p []byte, off
 	return put(ctx, b, start)
 }
 
-// mapPieces maps the fresh pieces of a plan whose data was written, or with a cause
-// gives them up.
-func (d *Disk) mapPieces(ctx context.Context, pl plan, cause error) (*batch, error) {
-	if cause != nil {
-		d.mu.Lock()
-		d.abandonLocked(pl, 0)
-		d.mu.Unlock()
-		return nil, cause
-	}
+// mapPieces maps the fresh pieces of a plan whose data was written.
+func (d *Disk) mapPieces(ctx context.Context, pl plan) (*batch, error) {
 	var last *batch
+	var cause error
 	// The data is written: giving up now would only leave more to tidy.
 	err := d.rd.with(context.WithoutCancel(ctx), func() *mapHole {
 		for _, x := range pl.pieces {
@@ -209,6 +216,7 @@ func (d *Disk) mapPieces(ctx context.Context, pl plan, cause error) (*batch, err
 			promised, pl.promised = 0, 0
 		}
 		d.rd.leave(pl.phase)
+		d.promisedNodes -= pl.nodes
 		return nil
 	})
 	if err != nil {
@@ -235,19 +243,76 @@ func (d *Disk) logLocked(e layout.Entry, promised uint64) (*batch, error) {
 	return b, d.failed
 }
 
-// abandonLocked gives up the pieces of a plan from the given one on, after a
-// failure. Writes to them may still be on their way, so their blocks are not given
-// out again in this session.
+// abandonLocked gives up the pieces of a plan from the given one on. Blocks to which
+// no write failed can be given out again: what was written to them has landed.
 func (d *Disk) abandonLocked(pl plan, from int) {
 	d.rd.leave(pl.phase)
 	d.ring.promised -= pl.promised
+	d.promisedNodes -= pl.nodes
 	for _, x := range pl.pieces[from:] {
-		eachSlab(run{x.physical, x.count}, func(r run) {
-			if x.fresh {
-				d.alloc.unreserve(r, true)
-			} else {
-				d.alloc.suspect(r)
-			}
-		})
+		if x.fresh {
+			eachSlab(run{x.physical, x.count}, d.alloc.unreserve)
+		}
 	}
+}
+
+// doubtLocked notes that a write to a piece failed, which may still land. Its blocks
+// are not given out again in this session; in place they are not changed again, and
+// leave the map before the next snapshot.
+func (d *Disk) doubtLocked(x piece) {
+	eachSlab(run{x.physical, x.count}, d.alloc.suspect)
+	if !x.fresh {
+		d.doubtful[x.logical/partBlocks] = true
+	}
+}
+
+// moveDoubtful copies what a failed write may still change to blocks of its own, so
+// that a snapshot can promise that it stays. The caller holds the whole disk's range.
+// The batch is the last that maps a copy.
+func (d *Disk) moveDoubtful(ctx context.Context) (*batch, error) {
+	d.mu.Lock()
+	parts := slices.Sorted(maps.Keys(d.doubtful))
+	d.mu.Unlock()
+	var last *batch
+	for _, part := range parts {
+		segs, err := d.suspected(ctx, part*partBlocks, (part+1)*partBlocks)
+		if err != nil {
+			return last, err
+		}
+		for _, s := range segs {
+			p := block.AlignedBuffer(int(s.count) * BlockBytes)
+			if err := d.store.ReadAt(ctx, p, int64(s.physical)*BlockBytes); err != nil {
+				return last, err
+			}
+			b, err := d.writePart(ctx, p, int64(s.logical)*BlockBytes, d.putCached)
+			if b != nil {
+				last = b
+			}
+			if err != nil {
+				return last, err
+			}
+		}
+		d.mu.Lock()
+		delete(d.doubtful, part)
+		d.mu.Unlock()
+	}
+	return last, nil
+}
+
+// suspected lists what the head maps in [lo,hi) to blocks that a failed write may
+// still change.
+func (d *Disk) suspected(ctx context.Context, lo, hi uint64) ([]segment, error) {
+	var segs []segment
+	err := d.rd.with(ctx, func() *mapHole {
+		segs = segs[:0]
+		return d.head.Scan(lo, hi, func(e layout.Extent) bool {
+			from, to := max(e.Logical, lo), min(e.End(), hi)
+			s := segment{from, to - from, e.Physical + (from - e.Logical)}
+			if d.alloc.suspects(run{s.physical, s.count}) {
+				segs = append(segs, s)
+			}
+			return true
+		})
+	})
+	return segs, err
 }

@@ -94,6 +94,9 @@ type Hole[E Entry] struct {
 	lo, hi uint64 // the range that its parents give it
 }
 
+// Low is the low end of the node's range.
+func (h *Hole[E]) Low() uint64 { return h.lo }
+
 // Content is a decoded node, ready to be installed.
 type Content[E Entry] struct {
 	leaf []E

@@ -27,6 +27,18 @@ func (t Tree[E]) Pointer() layout.Pointer {
 	return t.root.ptr
 }
 
+// Leaf is the leaf whose range holds the key, nil if the way to it is not in memory.
+func (t Tree[E]) Leaf(key uint64) *Node[E] {
+	n := t.root
+	for n != nil && n.loaded && n.ptr.Level > 0 {
+		n = n.kids[n.kidOf(key)].node
+	}
+	if n == nil || !n.loaded {
+		return nil
+	}
+	return n
+}
+
 // Need returns the first hole on the way to the leaves of [lo,hi), nil if all are
 // in memory.
 func (t Tree[E]) Need(lo, hi uint64) *Hole[E] {
