@@ -66,7 +66,7 @@ type BreakReport struct {
 	HostName   string
 	Silence    time.Duration // observed before KILL
 	Proven     bool          // proven gone, so that no window was needed
-	KillToDone time.Duration // fencing included; 0 when it did not come to DONE
+	FenceTime  time.Duration // fencing included; 0 when it did not come to DONE
 	ByOther    bool          // it was dead before this break had come to an end
 	Err        error         // nil: the generation is dead
 
@@ -360,7 +360,7 @@ func (b *Breaker) finished(now clock.Instant, ev BreakerEvent) BreakerAction {
 	if ev.Err != nil {
 		return b.refused()
 	}
-	b.report.KillToDone = now.Sub(b.report.killedAt)
+	b.report.FenceTime = now.Sub(b.report.killedAt)
 	return b.end(nil)
 }
 

@@ -152,7 +152,7 @@ func TestBreakerWaitsTheFullWindowThenKillsFencesAndFinishes(t *testing.T) {
 	if r.BreakerSlot != 1 || r.BreakerGeneration != 11 || !r.Dead(3) || r.HostName != "victim" {
 		t.Fatalf("register %+v", r)
 	}
-	if rep := m.Report(); rep.Silence < testLease || rep.KillToDone <= 0 || rep.Proven {
+	if rep := m.Report(); rep.Silence < testLease || rep.FenceTime <= 0 || rep.Proven {
 		t.Fatalf("report %+v", rep)
 	}
 }

@@ -171,7 +171,7 @@ func (s *Session) tell(r BreakReport, again bool) {
 	log := s.log.With("victim", r.Slot, "victim_generation", r.Generation, "host", r.HostName, "silence", r.Silence)
 	switch {
 	case r.Err == nil:
-		log.Info("dead host was cut off", "proven", r.Proven, "kill_to_done", r.KillToDone)
+		log.Info("dead host was cut off", "proven", r.Proven, "fence_time", r.FenceTime)
 	case again:
 		log.Debug("silent host was not cut off", "err", r.Err)
 	default:

@@ -83,8 +83,8 @@ func (a *app) reportBreak(w io.Writer, r lease.BreakReport) {
 	case r.Err != nil:
 		fmt.Fprintf(w, "%s was not fenced: %v\n", who, r.Err)
 	case r.Proven:
-		fmt.Fprintf(w, "%s is gone, its lock on the LUN is free: fenced in %v\n", who, r.KillToDone.Round(time.Microsecond))
+		fmt.Fprintf(w, "%s is gone, its lock on the LUN is free: fenced in %v\n", who, r.FenceTime.Round(time.Microsecond))
 	default:
-		fmt.Fprintf(w, "%s was silent for %v: fenced in %v\n", who, r.Silence.Round(time.Millisecond), r.KillToDone.Round(time.Microsecond))
+		fmt.Fprintf(w, "%s was silent for %v: fenced in %v\n", who, r.Silence.Round(time.Millisecond), r.FenceTime.Round(time.Microsecond))
 	}
 }
