@@ -459,3 +459,44 @@ func TestCloneAgainstRemovalOfItsSnapshot(t *testing.T) {
 	must(t, ds.Close(t.Context()))
 	wantSound(t, lun, vmfs.Note, "after all rounds")
 }
+
+// TestSnapshotAndCloneCostDoesNotGrow counts what reaches the LUN, for disks of
+// little and of much content.
+func TestSnapshotAndCloneCostDoesNotGrow(t *testing.T) {
+	const beats = 3 // a heartbeat may fall into each count
+	changes := func(s simdev.Stats) int64 { return s.Writes + s.FUAs + s.Flushes + s.CAWs + s.Zeroes + s.Discards }
+	var snapshots, clones []int64
+	for _, mapped := range []int64{1 * mib, 128 * mib} {
+		lun := newLUNOfLease(t, 512, 2*time.Minute)
+		ds, h := mount(t, lun, "a")
+		must(t, ds.CreateDisk(t.Context(), "/d", 256*mib))
+		k, err := ds.OpenDisk(t.Context(), "/d")
+		must(t, err)
+		for off := int64(0); off < mapped; off += mib {
+			must(t, k.WriteAt(t.Context(), pattern(1, mib), off))
+		}
+		before := h.Stats()
+		must(t, ds.CreateSnapshot(t.Context(), "/d", "s"))
+		after := h.Stats()
+		snapshots = append(snapshots, changes(after)-changes(before))
+
+		before = after
+		must(t, k.WriteAt(t.Context(), pattern(2, 4096), 8192))
+		after = h.Stats()
+		if n := after.WrittenBytes - before.WrittenBytes; n > 2*4096+beats*4096 {
+			t.Errorf("%d MiB mapped: 4 KiB after a snapshot wrote %d bytes", mapped/mib, n)
+		}
+		must(t, ds.Clone(t.Context(), "/d", "s", "/published"))
+		before = h.Stats()
+		must(t, ds.Clone(t.Context(), "/d", "s", "/c"))
+		clones = append(clones, changes(h.Stats())-changes(before))
+		must(t, k.Close(t.Context()))
+		must(t, ds.Close(t.Context()))
+	}
+	for what, n := range map[string][]int64{"snapshot": snapshots, "clone": clones} {
+		if d := n[1] - n[0]; d > beats || d < -beats {
+			t.Errorf("a %s of little costs %d changes, of 128 times as much %d", what, n[0], n[1])
+		}
+		t.Logf("%s: %d and %d changes", what, n[0], n[1])
+	}
+}
